@@ -1,0 +1,206 @@
+"""Tensors by their on-disk names: lent from the input's shards, put into the output's.
+
+The input is opened once: all headers are validated, no tensor byte is read. The output is built
+in `<out>.partial`, shard by shard, and gets its name by one rename when everything is in it.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from rsprune import _core
+from rsprune.errors import RspruneError, UsageError
+
+TORCH_DTYPES = {
+    "F64": torch.float64, "F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16,
+    "I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8,
+    "U8": torch.uint8, "BOOL": torch.bool,
+}  # fmt: skip
+FLOATS = ("F32", "BF16", "F16")
+"""Types in which a weight can be pruned."""
+
+WEIGHT_FILES = ("*.safetensors", "*.safetensors.index.json", "*.bin", "*.bin.index.json", "*.pt",
+                "*.pth", "*.gguf", "*.h5", "*.msgpack", "*.onnx")  # fmt: skip
+"""Files of the input that are weights in some format: never copied to the output."""
+
+
+@dataclass(frozen=True)
+class TensorInfo:
+    """One tensor on disk."""
+
+    name: str
+    file: str
+    dtype: str
+    shape: tuple[int, ...]
+    nbytes: int
+
+
+class Checkpoint:
+    """A folder of safetensors shards, read tensor by tensor."""
+
+    def __init__(self, folder: Path, shards: dict[str, _core.Shard]) -> None:
+        self.folder = folder
+        self._shards = shards
+        self.tensors: dict[str, TensorInfo] = {}
+        for file, shard in shards.items():
+            for name, dtype, shape, nbytes in shard.tensors():
+                self.tensors[name] = TensorInfo(name, file, dtype, tuple(shape), nbytes)
+
+    @classmethod
+    def open(cls, folder: Path) -> Checkpoint:
+        """Validates index and headers.
+
+        Raises:
+            UsageError: missing, truncated or malformed shard, entry that leaves the folder.
+        """
+        try:
+            index = _core.checkpoint_index(folder)
+            files = sorted(set(index.values()))
+            shards = {file: _core.Shard(folder / file) for file in files}
+        except (ValueError, KeyError, OSError) as error:
+            raise UsageError(str(error)) from None
+        checkpoint = cls(folder, shards)
+        checkpoint.tensors = {n: t for n, t in checkpoint.tensors.items() if n in index}
+        return checkpoint
+
+    def view(self, name: str) -> torch.Tensor:
+        """The tensor as stored: read-only memory of the shard, not a copy."""
+        info = self.tensors[name]
+        raw = np.frombuffer(self._shards[info.file].map(name), dtype=np.uint8)
+        if info.nbytes == 0:
+            return torch.empty(info.shape, dtype=TORCH_DTYPES[info.dtype])
+        return torch.from_numpy(raw).view(TORCH_DTYPES[info.dtype]).reshape(info.shape)
+
+    def lend(self, name: str) -> NDArray[Any]:
+        """A weight as the solvers take it: float32, or the bits of a half type as uint16."""
+        info = self.tensors[name]
+        raw = np.frombuffer(self._shards[info.file].map(name), dtype=np.uint8)
+        return raw.view(np.float32 if info.dtype == "F32" else np.uint16).reshape(info.shape)
+
+    def read(self, name: str) -> NDArray[np.uint8]:
+        """The bytes of a tensor in memory of their own."""
+        return self._shards[self.tensors[name].file].read(name)
+
+    def check_finite(self, names: Iterable[str]) -> None:
+        """Raises `UsageError` naming the first of the tensors that holds NaN or infinity."""
+        for name in names:
+            if self.tensors[name].dtype not in FLOATS:
+                continue
+            flat = self.view(name).reshape(-1)
+            for start in range(0, flat.numel(), 1 << 22):
+                bad = ~torch.isfinite(flat[start : start + (1 << 22)])
+                if bad.any():
+                    at = start + int(bad.nonzero()[0])
+                    value = float(flat[at])
+                    message = f"{name}: expected finite weights, found {value} at flat index {at}"
+                    raise UsageError(message)
+
+
+class OutputFolder:
+    """The folder that is being written: `<out>.partial` until `commit`."""
+
+    def __init__(self, out: Path) -> None:
+        self.out = out
+        self.folder = out.with_name(out.name + ".partial")
+        self._files: dict[str, str] = {}
+        self._total = 0
+        shutil.rmtree(self.folder, ignore_errors=True)
+        self.folder.mkdir(parents=True)
+
+    def put_shard(
+        self, file: str, source: Checkpoint, names: list[str], changed: dict[str, NDArray[Any]]
+    ) -> dict[str, Any]:
+        """Writes one shard: `changed` tensors as given, the others copied from `source`.
+
+        Returns:
+            file, bytes and sha256 of what is on disk.
+        """
+        infos = [source.tensors[name] for name in names]
+        plan = [(info.name, info.dtype, list(info.shape)) for info in infos]
+        writer = _core.ShardWriter(self.folder / file, plan, {"format": "pt"})
+        for info in infos:
+            new = changed.get(info.name)
+            data = source.read(info.name) if new is None else new.reshape(-1).view(np.uint8)
+            writer.put(info.name, data)
+            self._files[info.name] = file
+            self._total += info.nbytes
+        writer.finish()
+        path = self.folder / file
+        return {"file": file, "bytes": path.stat().st_size, "sha256": sha256(path)}
+
+    def copy_other_files(self, source: Path) -> None:
+        """Copies everything that is not a weight (configuration, tokenizer, licence, code)."""
+        for path in sorted(source.rglob("*")):
+            relative = path.relative_to(source)
+            hidden = any(part.startswith(".") for part in relative.parts)
+            if path.is_dir() or hidden or any(path.match(p) for p in WEIGHT_FILES):
+                continue
+            if path.name in ("rsprune-report.jsonl", "recipe.yaml"):
+                continue
+            target = self.folder / relative
+            target.parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(path, target)
+
+    def write_text(self, name: str, text: str) -> None:
+        """Writes a small file by temporary file and rename."""
+        _core.write_file(self.folder / name, text.encode("utf-8"))
+
+    def write_index(self, parameters: int) -> None:
+        """Writes the index: from now on the folder can be loaded."""
+        metadata = {"total_size": self._total, "total_parameters": parameters}
+        index = {"metadata": metadata, "weight_map": dict(sorted(self._files.items()))}
+        self.write_text("model.safetensors.index.json", json.dumps(index, indent=2) + "\n")
+
+    def commit(self) -> None:
+        """Gives the folder its name; an older output of that name goes only now."""
+        old = self.out.with_name(self.out.name + ".old")
+        if self.out.exists():
+            os.rename(self.out, old)
+        os.rename(self.folder, self.out)
+        shutil.rmtree(old, ignore_errors=True)
+
+    def discard(self) -> None:
+        """Removes everything that was written."""
+        shutil.rmtree(self.folder, ignore_errors=True)
+
+
+def check_output(out: Path, source: Path, *, overwrite: bool) -> None:
+    """Refuses an output that exists, unless `overwrite`, and always one that is or holds the input.
+
+    Raises:
+        UsageError: in these cases.
+    """
+    target, origin = out.resolve(), source.resolve()
+    if target == origin or target in origin.parents or origin in target.parents:
+        raise UsageError(f"output {out}: must lie apart from the input {source}")
+    if out.exists() and not overwrite:
+        raise UsageError(f"output {out}: exists already; name another or pass --overwrite")
+    if out.exists() and not out.is_dir():
+        raise UsageError(f"output {out}: expected a folder, found a file")
+
+
+def free_bytes(path: Path) -> int:
+    """Bytes free on the file system that will hold `path`."""
+    while not path.exists():
+        path = path.parent
+    try:
+        return shutil.disk_usage(path).free
+    except OSError as error:
+        raise RspruneError(f"{path}: cannot ask for free space: {error}") from None
+
+
+def sha256(path: Path) -> str:
+    """The SHA-256 of a file, as hex digits."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

@@ -1,0 +1,128 @@
+"""The options of a run: frozen, validated, and at the same time the schema of a recipe file."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+
+from rsprune.errors import UsageError
+
+DEFAULT_IGNORE = ("lm_head", "*embed*", "*router*", "*gate.weight")
+"""Globs over on-disk names (with or without `.weight`) of what is never pruned by default."""
+
+_UNITS = {"": 1, "kib": 2**10, "mib": 2**20, "gib": 2**30, "kb": 10**3, "mb": 10**6, "gb": 10**9}
+
+
+class Config(BaseModel):
+    """Options of `compress`. A field that is None takes the default of the method.
+
+    Raises `UsageError` (through `Config.create`) naming the option, what was expected and found.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    method: str = "sparsegpt"
+    """Name in the registry of methods."""
+    pattern: str = "2:4"
+    """`keep:of` with groups of 4, 8 or 16, or a sparsity such as `50%` or `0.5`."""
+    scope: Literal["row", "matrix"] | None = None
+    """Over what a sparsity is counted."""
+    ignore: tuple[str, ...] = DEFAULT_IGNORE
+    """Globs over on-disk tensor names that stay dense."""
+
+    calibration: str | None = None
+    """Text file, `hub:` dataset, or None for the offline default."""
+    calibration_field: str | None = None
+    """Field of a JSON-lines or parquet file that holds the text; None guesses and says so."""
+    samples: int = Field(128, ge=1)
+    """Calibration windows, the held-out ones included."""
+    seq_len: int = Field(2048, ge=8)
+    """Tokens of a window."""
+    heldout: float = Field(0.125, ge=0.0, le=0.5)
+    """Fraction of the windows that no solver sees."""
+    seed: int = Field(0, ge=0)
+    """Seed of the choice of windows."""
+
+    propagate: Literal["layer", "model"] | None = None
+    """What a decoder layer starts from: the dense or the compressed model's hidden states."""
+    target: Literal["dense", "own"] | None = None
+    """What an operator's output is compared with: `W X` (dense inputs) or `W X*` (its own)."""
+    true_sequential: bool | None = None
+    """Whether later operators of a layer see the inputs that pruned earlier ones give."""
+
+    damping: float = Field(0.01, ge=0.0, le=1.0)
+    """SparseGPT: added to the Gram's diagonal, relative to its mean."""
+    warm_start: Literal["auto", "wanda", "sparsegpt"] = "auto"
+    """FISTA: first point; auto is the published choice (sparsegpt for OPT, else wanda)."""
+    iterations: int = Field(20, ge=1)
+    """FISTA: iterations a round."""
+    xi: float = Field(0.3, gt=0.0, lt=1.0)
+    """FISTA: largest share of the error that rounding may cause before lambda rises."""
+    patience: int = Field(3, ge=1)
+    """FISTA: rounds without a gain after which it stops."""
+
+    memory: int | None = None
+    """Bound on anonymous resident memory in bytes; None is 90 % of what the system has left."""
+    device: Literal["cpu", "cuda", "auto"] = "cpu"
+    """Where calibration passes run; solvers run on the CPU."""
+    threads: int | None = Field(None, ge=1)
+    """Worker threads; None is what affinity and cgroup leave."""
+    trust_remote_code: bool = False
+    """Whether code that lies in the model's folder may run."""
+
+    @field_validator("memory", mode="before")
+    @classmethod
+    def _bytes(cls, value: Any) -> Any:
+        return parse_bytes(value) if isinstance(value, str) else value
+
+    @field_validator("ignore", mode="before")
+    @classmethod
+    def _tuple(cls, value: Any) -> Any:
+        return (value,) if isinstance(value, str) else value
+
+    @classmethod
+    def create(cls, **options: Any) -> Config:
+        """A validated configuration; raises `UsageError` that names the bad option."""
+        try:
+            return cls(**options)
+        except ValidationError as error:
+            raise UsageError(_explain(error)) from None
+
+    @classmethod
+    def from_recipe(cls, path: Path, **overrides: Any) -> Config:
+        """Reads `recipe.yaml`; `overrides` win. Unknown keys are refused by name."""
+        try:
+            content = yaml.safe_load(path.read_text(encoding="utf-8"))
+        except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+            raise UsageError(f"recipe {path}: cannot be read: {error}") from None
+        if not isinstance(content, dict):
+            raise UsageError(f"recipe {path}: expected keys and values, found {content!r}")
+        return cls.create(**{**content, **overrides})
+
+    def to_recipe(self) -> str:
+        """The recipe file that gives this configuration again."""
+        return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False)
+
+
+def parse_bytes(text: str) -> int:
+    """`4GiB`, `500 MB` or `123` as bytes; raises `ValueError`."""
+    match = re.fullmatch(r"\s*([0-9]+(?:\.[0-9]+)?)\s*([kmg]i?b)?\s*", text.lower())
+    if match is None:
+        raise ValueError(f"expected a size such as 4GiB or 500MB, found {text!r}")
+    return int(float(match[1]) * _UNITS[match[2] or ""])
+
+
+def _explain(error: ValidationError) -> str:
+    lines = []
+    for item in error.errors():
+        name = ".".join(str(part) for part in item["loc"][:1])
+        if item["type"] == "extra_forbidden":
+            known = ", ".join(Config.model_fields)
+            lines.append(f"unknown option {name!r}; known are: {known}")
+        else:
+            lines.append(f"option {name}: {item['msg']}, found {item['input']!r}")
+    return "; ".join(lines)

@@ -1,0 +1,42 @@
+"""The registry of methods: name -> method, one file each, the same parts in the same order."""
+
+from __future__ import annotations
+
+from rsprune.config import Config
+from rsprune.errors import UsageError
+from rsprune.methods.base import Inputs, Method, Operator
+from rsprune.methods.fista import Fista
+from rsprune.methods.magnitude import Magnitude
+from rsprune.methods.sparsegpt import SparseGPT
+from rsprune.methods.wanda import Wanda
+
+__all__ = ["Inputs", "Method", "Operator", "get", "inputs_of", "names"]
+
+_METHODS: dict[str, Method] = {m.name: m for m in (Magnitude(), Wanda(), SparseGPT(), Fista())}
+
+
+def names() -> list[str]:
+    """Names that `--method` takes."""
+    return list(_METHODS)
+
+
+def get(name: str) -> Method:
+    """The method of that name; raises `UsageError` that lists the known ones."""
+    try:
+        return _METHODS[name]
+    except KeyError:
+        raise UsageError(
+            f"method {name!r}: expected one of {', '.join(_METHODS)}"
+        ) from None
+
+
+def inputs_of(method: Method, config: Config) -> Inputs:
+    """The inputs that a run uses: the user's choice, else the method's."""
+    default = method.inputs
+    return Inputs(
+        propagate=config.propagate or default.propagate,
+        target=config.target or default.target,
+        true_sequential=(
+            default.true_sequential if config.true_sequential is None else config.true_sequential
+        ),
+    )

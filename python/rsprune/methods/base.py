@@ -1,0 +1,73 @@
+"""What every method looks like to the run."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, Literal, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from rsprune import _core
+from rsprune.config import Config
+
+
+@dataclass(frozen=True)
+class Operator:
+    """One linear operator to prune; read attribute by attribute by the Rust core.
+
+    Attributes:
+        weight: [outputs, inputs], float32 or the bits of a half type as uint16; not mutated.
+        dtype: its safetensors name: F32, BF16 or F16.
+        pattern: what may stay.
+        calibration: sums over the calibration tokens of the operator's input.
+        heldout: the same over tokens that no solver sees.
+    """
+
+    weight: NDArray[Any]
+    dtype: str
+    pattern: _core.Pattern
+    calibration: _core.Statistics
+    heldout: _core.Statistics | None
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """Which inputs a method is run on; see the fields of the same names in `Config`."""
+
+    propagate: Literal["layer", "model"]
+    target: Literal["dense", "own"]
+    true_sequential: bool
+
+
+Pruned = tuple[NDArray[np.uint16] | NDArray[np.float32], dict[str, Any]]
+"""The pruned weight as it is stored, and its certificate."""
+
+
+class Method(Protocol):
+    """A layer-wise pruning method."""
+
+    name: str
+    """What `--method` takes."""
+    source: str
+    """Where it was published."""
+    scope: Literal["row", "matrix"]
+    """Over what a sparsity is counted unless the user says otherwise."""
+    inputs: Inputs
+    """The inputs it is run on unless the user says otherwise."""
+
+    def solve(
+        self, operator: Operator, config: Config, *, model_type: str, threads: int | None
+    ) -> Pruned:
+        """Prunes one operator.
+
+        Args:
+            operator: weight, pattern and statistics.
+            config: the method's options.
+            model_type: `model_type` of config.json, for published per-family choices.
+            threads: worker threads; the result has the same bits for any number.
+
+        Raises:
+            ValueError: the pattern does not fit, or the Gram is not positive definite.
+        """
+        ...

@@ -1,0 +1,40 @@
+"""FISTAPruner, faithful mode: l1 relaxation by FISTA, rounding, adaptive lambda.
+
+    min_V 1/2 ||V X* - W X||^2 + lambda sum |v_ij|,   then V rounded to the pattern
+
+Published: the objective, step 1/L, 20 iterations a round, xi = 0.3, patience 3, warm start from
+Wanda (Llama) or SparseGPT (OPT), inputs corrected inside of each decoder layer, layers independent.
+Reconstructed: the units of lambda, its start and its bracketing (see the core's `fista.rs`).
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from rsprune import _core
+from rsprune.config import Config
+from rsprune.methods.base import Inputs, Operator, Pruned
+
+
+class Fista:
+    """The convex method, with the constants of the paper."""
+
+    name = "fista"
+    source = "FISTAPruner, EMNLP 2025, arXiv 2408.03728"
+    scope: Literal["row", "matrix"] = "matrix"
+    inputs = Inputs(propagate="layer", target="dense", true_sequential=True)
+
+    def solve(
+        self, operator: Operator, config: Config, *, model_type: str, threads: int | None
+    ) -> Pruned:
+        """See `Method.solve`."""
+        published = "sparsegpt" if model_type == "opt" else "wanda"
+        return _core.fista(
+            operator,
+            warm_start=published if config.warm_start == "auto" else config.warm_start,
+            iterations=config.iterations,
+            xi=config.xi,
+            patience=config.patience,
+            damping=config.damping,
+            threads=threads,
+        )

@@ -1,0 +1,24 @@
+"""SparseGPT: prune column after column, let the later columns make up for what was lost."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from rsprune import _core
+from rsprune.config import Config
+from rsprune.methods.base import Inputs, Operator, Pruned
+
+
+class SparseGPT:
+    """Column blocks of 128, relative damping, masks chosen as the sweep goes."""
+
+    name = "sparsegpt"
+    source = "Frantar and Alistarh 2023, arXiv 2301.00774"
+    scope: Literal["row", "matrix"] = "matrix"
+    inputs = Inputs(propagate="model", target="own", true_sequential=False)
+
+    def solve(
+        self, operator: Operator, config: Config, *, model_type: str, threads: int | None
+    ) -> Pruned:
+        """See `Method.solve`."""
+        return _core.sparsegpt(operator, damping=config.damping, threads=threads)

@@ -1,0 +1,188 @@
+"""`rsprune-report.jsonl`: what a run did, one JSON object a line, written as the run goes.
+
+Each line has a `kind`: run, tensor, layer, file or summary. A run that was resumed may repeat
+a line; the last one counts. A report without its summary belongs to an unfinished run.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from rsprune.errors import RspruneError
+
+__all__ = ["REPORT_NAME", "Journal", "KindRow", "Report", "by_kind", "load_report"]
+
+REPORT_NAME = "rsprune-report.jsonl"
+KINDS = ("run", "tensor", "layer", "file", "summary")
+KEYS = {"tensor": "name", "layer": "layer", "file": "file"}  # what tells two lines of a kind apart
+
+Record = dict[str, Any]
+
+
+class Journal:
+    """The report of a run under way: each record is in the file when `write` returns."""
+
+    def __init__(self, folder: Path) -> None:
+        """Opens `<folder>/rsprune-report.jsonl` for append; the folder must exist."""
+        self.path = folder / REPORT_NAME
+        self._file = self.path.open("a+b")
+        self._drop_torn_line()
+
+    def write(self, kind: str, **fields: Any) -> None:
+        """Appends one line.
+
+        Args:
+            kind: run, tensor, layer, file or summary.
+            fields: anything that JSON has, NumPy scalars, paths and tuples; NaN becomes null.
+
+        Raises:
+            ValueError: on another kind; TypeError on a value that JSON cannot hold.
+        """
+        if kind not in KINDS:
+            raise ValueError(f"record kind: expected one of {', '.join(KINDS)}, found {kind!r}")
+        record = _plain({"kind": kind, **fields})
+        line = json.dumps(record, sort_keys=True, allow_nan=False, ensure_ascii=False)
+        self._file.write(line.encode() + b"\n")
+        self._file.flush()
+
+    def close(self) -> None:
+        """Puts the file on disk and closes it."""
+        if not self._file.closed:
+            self._file.flush()
+            os.fsync(self._file.fileno())
+            self._file.close()
+
+    def _drop_torn_line(self) -> None:
+        """Cuts what a killed process left of a line, so that the next record starts a line."""
+        self._file.seek(0)
+        content = self._file.read()
+        self._file.truncate(content.rfind(b"\n") + 1)
+
+
+def _plain(value: Any) -> Any:
+    """`value` in the types that JSON has."""
+    if isinstance(value, Mapping):
+        return {str(key): _plain(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_plain(item) for item in value]
+    if isinstance(value, os.PathLike):
+        return os.fspath(value)
+    if hasattr(value, "item") and not isinstance(value, (str, bytes)):
+        value = value.item()  # a NumPy or torch scalar
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    return value
+
+
+@dataclass(frozen=True)
+class Report:
+    """A report as read: records without their `kind`, in the order of their first appearance."""
+
+    run: Record
+    tensors: list[Record]
+    layers: list[Record]
+    summary: Record | None
+    folder: Path
+    files: list[Record] = field(default_factory=list)
+
+
+def load_report(folder: str | Path) -> Report:
+    """Reads the report in `folder`.
+
+    Raises:
+        RspruneError: naming the file, and the line where it has one, if the report is missing or
+            is not what `Journal` writes.
+    """
+    path = Path(folder) / REPORT_NAME
+    try:
+        lines = path.read_bytes().splitlines()
+    except OSError as error:
+        raise RspruneError(f"{path}: the report cannot be read: {error.strerror}") from error
+    found: dict[str, dict[Any, Record]] = {kind: {} for kind in KINDS}
+    for number, line in enumerate(lines, start=1):
+        record = _parse(line, f"{path}, line {number}")
+        kind = record.pop("kind")
+        found[kind][record[KEYS[kind]] if kind in KEYS else None] = record
+    if not found["run"]:
+        raise RspruneError(f"{path}: expected a record of kind run, found none in {len(lines)}")
+    tensors, layers, files = (list(found[kind].values()) for kind in KEYS)
+    summary = found["summary"].get(None)
+    return Report(found["run"][None], tensors, layers, summary, Path(folder), files)
+
+
+def _parse(line: bytes, where: str) -> Record:
+    """One line with a known kind and the key of that kind."""
+    try:
+        record = json.loads(line)
+    except ValueError as error:
+        raise RspruneError(f"{where}: expected a JSON object, found bad JSON: {error}") from error
+    if not isinstance(record, dict) or record.get("kind") not in KINDS:
+        found = record.get("kind") if isinstance(record, dict) else record
+        raise RspruneError(f"{where}: expected a kind of {', '.join(KINDS)}, found {found!r}")
+    key = KEYS.get(record["kind"])
+    if key is not None and not isinstance(record.get(key), (str, int)):
+        raise RspruneError(f"{where}: expected {key!r} in a {record['kind']} record, found none")
+    return record
+
+
+@dataclass(frozen=True)
+class KindRow:
+    """The tensors of one operator kind (such as `mlp.down_proj`), over all layers."""
+
+    kind: str
+    count: int
+    error: float | None
+    """Geometric mean of the relative errors on the calibration windows."""
+    heldout_error: float | None
+    """The same on windows that no solver saw."""
+    sparsity: float
+    """Zeros over weights."""
+    seconds: float
+
+
+def by_kind(tensors: Iterable[Mapping[str, Any]]) -> list[KindRow]:
+    """Tensor records of a report, aggregated, kinds in the order of their first appearance."""
+    groups: dict[str, list[Mapping[str, Any]]] = {}
+    for record in tensors:
+        groups.setdefault(kind_of(record["name"]), []).append(record)
+    return [_row(kind, records) for kind, records in groups.items()]
+
+
+def kind_of(name: str) -> str:
+    """`model.layers.3.mlp.down_proj.weight` -> `mlp.down_proj`; further numbers become `*`."""
+    parts = name.removesuffix(".weight").split(".")
+    layer = next((index for index, part in enumerate(parts) if part.isdigit()), None)
+    if layer is not None and layer + 1 < len(parts):
+        parts = parts[layer + 1 :]
+    return ".".join("*" if part.isdigit() else part for part in parts)
+
+
+def _row(kind: str, records: list[Mapping[str, Any]]) -> KindRow:
+    sizes = [math.prod(record.get("shape") or [1]) for record in records]
+    zeros = sum(
+        size * (record.get("sparsity") or 0.0) for size, record in zip(sizes, records, strict=True)
+    )
+    return KindRow(
+        kind=kind,
+        count=len(records),
+        error=geometric_mean(record.get("error") for record in records),
+        heldout_error=geometric_mean(record.get("heldout_error") for record in records),
+        sparsity=zeros / max(sum(sizes), 1),
+        seconds=sum(record.get("seconds") or 0.0 for record in records),
+    )
+
+
+def geometric_mean(values: Iterable[float | None]) -> float | None:
+    """Of the values that are there: None if none is, 0 if one is 0."""
+    known = [value for value in values if value is not None]
+    if not known:
+        return None
+    if min(known) <= 0.0:
+        return 0.0
+    return math.exp(math.fsum(map(math.log, known)) / len(known))

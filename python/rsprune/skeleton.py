@@ -1,0 +1,230 @@
+"""The model without its weights: structure on `meta`, tensors brought in piece by piece.
+
+A skeleton is the model class of transformers with every parameter on `meta`. Its own forward is
+run for the parts before and after the decoder layers, with the layers replaced by recorders that
+hand their input through; so masks, rotary embeddings and scalings are always the model's own.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from rsprune.checkpoint import Checkpoint
+from rsprune.errors import UsageError
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+
+@contextlib.contextmanager
+def _parameters_on_meta() -> Iterator[None]:
+    """New parameters go to `meta`; buffers stay real (rotary frequencies are computed once)."""
+    original = nn.Module.register_parameter
+
+    def register(module: nn.Module, name: str, parameter: nn.Parameter | None) -> None:
+        original(module, name, parameter)
+        if parameter is not None and parameter.device.type != "meta":
+            empty = nn.Parameter(parameter.to("meta"), requires_grad=False)
+            module._parameters[name] = empty
+
+    nn.Module.register_parameter = register  # type: ignore[method-assign]
+    try:
+        yield
+    finally:
+        nn.Module.register_parameter = original  # type: ignore[method-assign]
+
+
+class Skeleton:
+    """Structure of one checkpoint.
+
+    Args:
+        checkpoint: the tensors on disk.
+        device: where materialised parts live.
+        trust_remote_code: whether code in the model's folder may run.
+
+    Raises:
+        UsageError: unknown architecture, or tensors that the architecture needs are missing.
+    """
+
+    def __init__(
+        self, checkpoint: Checkpoint, *, device: str = "cpu", trust_remote_code: bool = False
+    ) -> None:
+        self.checkpoint = checkpoint
+        self.device = torch.device(device)
+        self.config = _read_config(checkpoint.folder, trust_remote_code)
+        try:
+            with _parameters_on_meta():
+                model = AutoModelForCausalLM.from_config(
+                    self.config, dtype=torch.float32, trust_remote_code=trust_remote_code
+                )
+        except (ValueError, KeyError, ImportError) as error:
+            message = f"{checkpoint.folder}: no causal language model: {error}"
+            raise UsageError(message) from None
+        self.model: Any = model.eval().requires_grad_(False)
+        for buffered in self.model.modules():
+            for name, buffer in buffered._buffers.items():
+                if buffer is not None:
+                    buffered._buffers[name] = buffer.to(self.device)
+        self.layer_prefix, self.layers = _decoder_layers(self.model)
+        self._tied = _tied_names(self.model)
+        if missing := self.missing():
+            raise MissingTensorsError(missing, checkpoint.folder)
+
+    def missing(self) -> list[str]:
+        """Names of the parameters that no tensor on disk provides."""
+        names = (name for name, _ in self.model.named_parameters())
+        return [name for name in names if self.disk_name(name) is None]
+
+    def disk_name(self, name: str) -> str | None:
+        """The on-disk name of the parameter `name`; None if no tensor provides it."""
+        prefix = f"{self.model.base_model_prefix}."
+        for alias in (name, self._tied.get(name, name)):
+            for candidate in (alias, alias.removeprefix(prefix), prefix + alias):
+                if candidate in self.checkpoint.tensors:
+                    return candidate
+        return None
+
+    def layer_name(self, index: int, name: str) -> str:
+        """The full parameter name of `name` inside of decoder layer `index`."""
+        return f"{self.layer_prefix}.{index}.{name}"
+
+    def layer_of(self, disk_name: str) -> int | None:
+        """The decoder layer that an on-disk tensor belongs to; None outside of the layers."""
+        base = f"{self.model.base_model_prefix}."
+        for prefix in (self.layer_prefix, self.layer_prefix.removeprefix(base)):
+            head, found, rest = disk_name.partition(f"{prefix}.")
+            index = rest.partition(".")[0]
+            if found and head in ("", base) and index.isdigit():
+                return int(index)
+        return None
+
+    def load(self, name: str) -> Tensor:
+        """Parameter `name` as float32 on the device (a copy)."""
+        disk_name = self.disk_name(name)
+        if disk_name is None:
+            raise MissingTensorsError([name], self.checkpoint.folder)
+        expected = tuple(self.model.get_parameter(name).shape)
+        tensor = self.checkpoint.view(disk_name)
+        if tuple(tensor.shape) != expected:
+            found = f"{disk_name}: expected shape {list(expected)} from config.json"
+            raise UsageError(f"{found}, found {list(tensor.shape)}")
+        return tensor.to(self.device, torch.float32, copy=True)
+
+    @contextlib.contextmanager
+    def materialised(self, names: list[str]) -> Iterator[None]:
+        """Holds the parameters `names` in memory for the length of the block."""
+        shared: dict[int, nn.Parameter] = {}
+        held = []
+        for name in names:
+            module, _, leaf = name.rpartition(".")
+            owner = self.model.get_submodule(module)
+            empty = owner._parameters[leaf]
+            if id(empty) not in shared:
+                shared[id(empty)] = nn.Parameter(self.load(name), requires_grad=False)
+            owner._parameters[leaf] = shared[id(empty)]
+            held.append((owner, leaf, empty))
+        try:
+            yield
+        finally:
+            for owner, leaf, empty in held:
+                owner._parameters[leaf] = empty
+
+    def outer_names(self) -> list[str]:
+        """Parameters outside of the decoder layers, without the two vocabulary matrices."""
+        vocabulary = {id(self.model.get_input_embeddings().weight)}
+        if self.model.get_output_embeddings() is not None:
+            vocabulary.add(id(self.model.get_output_embeddings().weight))
+        outside = _named_parameters(self.model)
+        return [
+            name
+            for name, parameter in outside
+            if not name.startswith(f"{self.layer_prefix}.") and id(parameter) not in vocabulary
+        ]
+
+    def name_of(self, module: nn.Module) -> str:
+        """The name of `module` inside of the model."""
+        return next(name for name, found in self.model.named_modules() if found is module)
+
+    def load_layer(self, index: int) -> None:
+        """Brings all parameters of decoder layer `index` into memory."""
+        layer = self.layers[index]
+        for name, _ in list(layer.named_parameters()):
+            module, _, leaf = name.rpartition(".")
+            tensor = self.load(self.layer_name(index, name))
+            owner = layer.get_submodule(module)
+            owner._parameters[leaf] = nn.Parameter(tensor, requires_grad=False)
+
+    def drop_layer(self, index: int) -> None:
+        """Puts decoder layer `index` back on `meta`."""
+        for module in self.layers[index].modules():
+            for leaf, parameter in module._parameters.items():
+                if parameter is not None:
+                    empty = nn.Parameter(parameter.to("meta"), requires_grad=False)
+                    module._parameters[leaf] = empty
+
+
+def missing_tensors(folder: Path) -> list[str]:
+    """Parameters that the model of `folder` would initialise at random for want of a tensor."""
+    checkpoint = Checkpoint.open(folder)
+    try:
+        return Skeleton(checkpoint).missing()
+    except MissingTensorsError as error:
+        return error.names
+
+
+class MissingTensorsError(UsageError):
+    """Tensors that the architecture needs are not on disk."""
+
+    def __init__(self, names: list[str], folder: Path) -> None:
+        shown = ", ".join(names[:4]) + (f" and {len(names) - 4} more" if len(names) > 4 else "")
+        super().__init__(f"{folder}: the architecture needs tensors that no shard holds: {shown}")
+        self.names = names
+
+
+def _read_config(folder: Path, trust_remote_code: bool) -> Any:
+    try:
+        config = AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
+    except (ValueError, OSError, KeyError) as error:
+        raise UsageError(f"{folder}/config.json: {error}") from None
+    if getattr(config, "quantization_config", None):
+        method = config.quantization_config.get("quant_method", "unknown")
+        raise UsageError(f"{folder}: expected unquantized weights, found {method} in config.json")
+    config.use_cache = False
+    return config
+
+
+def _named_parameters(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
+    return model.named_parameters(remove_duplicate=False)
+
+
+def _decoder_layers(model: nn.Module) -> tuple[str, nn.ModuleList]:
+    """The longest ModuleList that lies in no other one (experts lie in a layer)."""
+    lists: list[tuple[str, nn.ModuleList]] = []
+    for name, module in model.named_modules():
+        if isinstance(module, nn.ModuleList) and not any(
+            name.startswith(f"{outer}.") for outer, _ in lists
+        ):
+            lists.append((name, module))
+    if not lists:
+        raise UsageError(f"{type(model).__name__}: found no list of decoder layers")
+    return max(lists, key=lambda item: len(item[1]))
+
+
+def _tied_names(model: nn.Module) -> dict[str, str]:
+    """Each further name of a shared parameter, with the first one."""
+    first: dict[int, str] = {}
+    tied = {}
+    for name, parameter in _named_parameters(model):
+        if id(parameter) in first:
+            tied[name] = first[id(parameter)]
+            tied.setdefault(first[id(parameter)], name)
+        else:
+            first[id(parameter)] = name
+    return tied

@@ -1,0 +1,216 @@
+"""The model's own forward, cut open at the decoder layers.
+
+    hidden_0, kwargs of every layer  <-  forward with layers that hand their input through
+    logits                           <-  forward whose last layer gives the stored hidden states
+
+No layer weight is in memory in either. All windows have one length and no padding, so one window's
+keyword arguments (masks, rotary embeddings) hold for all; that is checked, not assumed.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import inspect
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
+
+from rsprune.blocks import LayerStructure, watch
+from rsprune.errors import RspruneError, UsageError
+from rsprune.skeleton import Skeleton
+
+LOGIT_CHUNK = 256
+"""Positions whose logits are in memory at a time (a vocabulary is wide)."""
+
+
+class _StopForwardError(Exception):
+    """Ends a forward whose rest is not needed."""
+
+
+@dataclass(frozen=True)
+class Opening:
+    """What the decoder layers are given.
+
+    Attributes:
+        structures: one per decoder layer.
+        kwargs: keyword arguments of every layer for a window of the recorded length.
+    """
+
+    structures: tuple[LayerStructure, ...]
+    kwargs: tuple[dict[str, Any], ...]
+
+
+class Stream:
+    """Runs the parts of the model before and after its decoder layers."""
+
+    def __init__(self, skeleton: Skeleton) -> None:
+        self.skeleton = skeleton
+        self.model = skeleton.model
+        self.base = getattr(self.model, self.model.base_model_prefix, self.model)
+        self._kwargs: list[dict[str, Any]] = [{} for _ in skeleton.layers]
+        self._tuple = False
+
+    def open(self, seq_len: int) -> Opening:
+        """Records keyword arguments and structure of every layer, reading no large tensor.
+
+        Args:
+            seq_len: tokens of a window.
+        """
+        with self._outer():
+            embeddings = self._zeros(seq_len)
+            first = self._record(embeddings, stop_at_first=True)
+            structure = watch(self.skeleton.layers[0], first, self._kwargs[0])
+            self._tuple = structure.returns_tuple
+            hidden = self._record(embeddings)
+        structures = [
+            watch(layer, hidden, kwargs)
+            for layer, kwargs in zip(self.skeleton.layers, self._kwargs, strict=True)
+        ]
+        return Opening(tuple(structures), tuple(self._kwargs))
+
+    def embed(self, windows: Tensor) -> Iterator[Tensor]:
+        """Yields the hidden states [1, tokens, channels] float32 that enter the first layer.
+
+        Args:
+            windows: [count, tokens] int64 token ids.
+        """
+        with self._outer():
+            for index, ids in enumerate(windows):
+                before = list(self._kwargs)
+                hidden = self._record(self._embedding(ids))
+                if index == 1 and not _same(before, self._kwargs):
+                    raise RspruneError(
+                        f"{type(self.model).__name__}: expected layer arguments (masks, positions) "
+                        "that do not depend on the tokens, found other ones for another window"
+                    )
+                yield hidden
+
+    @contextlib.contextmanager
+    def head(self) -> Iterator[Callable[[Tensor, Tensor], Tensor]]:
+        """Gives `loss_sum(hidden [1, T, C], ids [T]) -> float64 sum of the T - 1 token losses`."""
+        skeleton, output = self.skeleton, self.model.get_output_embeddings()
+        names = [*skeleton.outer_names(), *_parameter_names(skeleton, output)]
+        parameters = inspect.signature(self.model.forward).parameters
+        chunked = "logits_to_keep" in parameters
+        with skeleton.materialised(list(dict.fromkeys(names))):
+            yield lambda hidden, ids: self._loss_sum(hidden, ids, chunked)
+
+    def _loss_sum(self, hidden: Tensor, ids: Tensor, chunked: bool) -> Tensor:
+        total = torch.zeros((), dtype=torch.float64)
+        targets = ids[1:].to(hidden.device)
+        step = LOGIT_CHUNK if chunked else len(targets)
+        for start in range(0, len(targets), step):
+            kept = torch.arange(start, min(start + step, len(targets)), device=hidden.device)
+            logits = self.logits(hidden, kept if chunked else None)
+            loss = nn.functional.cross_entropy(
+                logits[: len(kept)].float(), targets[kept], reduction="sum"
+            )
+            total += loss.double().cpu()
+        return total
+
+    def logits(self, hidden: Tensor, positions: Tensor | None = None) -> Tensor:
+        """Logits [positions, vocabulary] of the final hidden states; call inside of `head()`."""
+        last = len(self.skeleton.layers) - 1
+
+        def give(index: int, given: Tensor) -> Tensor:
+            return hidden if index == last else given
+
+        extra = {} if positions is None else {"logits_to_keep": positions}
+        with self._replaced(give), torch.no_grad():
+            output = self.model(inputs_embeds=torch.zeros_like(self._like(hidden)), **extra)
+        result: Tensor = output.logits[0]
+        return result
+
+    def _record(self, embeddings: Tensor, *, stop_at_first: bool = False) -> Tensor:
+        """Runs the base model with layers that hand through; returns the first one's input."""
+        seen: list[Tensor] = []
+
+        def give(index: int, hidden: Tensor) -> Tensor:
+            if index == 0:
+                seen.append(hidden.clone())
+            if stop_at_first:
+                raise _StopForwardError
+            return hidden
+
+        with self._replaced(give), torch.no_grad(), contextlib.suppress(_StopForwardError):
+            self.base(inputs_embeds=embeddings)
+        return seen[0]
+
+    @contextlib.contextmanager
+    def _replaced(self, give: Callable[[int, Tensor], Tensor]) -> Iterator[None]:
+        """Every layer's forward becomes `give(index, hidden)`, and notes its arguments."""
+        for index, layer in enumerate(self.skeleton.layers):
+            layer.forward = self._recorder(index, give)
+        try:
+            yield
+        finally:
+            for layer in self.skeleton.layers:
+                del layer.forward
+
+    def _recorder(self, index: int, give: Callable[[int, Tensor], Tensor]) -> Callable[..., Any]:
+        names = list(inspect.signature(type(self.skeleton.layers[index]).forward).parameters)[1:]
+
+        def forward(*args: Any, **kwargs: Any) -> Any:
+            named = {**dict(zip(names, args, strict=False)), **kwargs}
+            hidden = give(index, named.pop(names[0]))
+            self._kwargs[index] = named
+            return (hidden,) if self._tuple else hidden
+
+        return forward
+
+    @contextlib.contextmanager
+    def _outer(self) -> Iterator[None]:
+        with self.skeleton.materialised(self.skeleton.outer_names()):
+            yield
+
+    def _embedding(self, ids: Tensor) -> Tensor:
+        """Runs the input embedding on just the rows that the window uses."""
+        skeleton, module = self.skeleton, self.model.get_input_embeddings()
+        if not isinstance(module, nn.Embedding):
+            raise UsageError(f"input embedding: expected nn.Embedding, found {type(module).__name__}")
+        name = skeleton.disk_name(_parameter_names(skeleton, module)[0])
+        assert name is not None
+        used, compact = ids.unique(return_inverse=True)
+        rows = skeleton.checkpoint.view(name)[used].to(skeleton.device, torch.float32)
+        full, padding = module._parameters["weight"], module.padding_idx
+        module._parameters["weight"] = nn.Parameter(rows, requires_grad=False)
+        module.padding_idx = None  # it only stops gradients, and may exceed the compact table
+        try:
+            with torch.no_grad():
+                embedded: Tensor = module(compact[None].to(skeleton.device))
+            return embedded
+        finally:
+            module._parameters["weight"], module.padding_idx = full, padding
+
+    def _zeros(self, seq_len: int) -> Tensor:
+        width = self.model.get_input_embeddings().embedding_dim
+        return torch.zeros(1, seq_len, width, device=self.skeleton.device)
+
+    def _like(self, hidden: Tensor) -> Tensor:
+        """Embeddings of the right length (their width may differ from the hidden states')."""
+        return self._zeros(hidden.shape[1])
+
+
+def _parameter_names(skeleton: Skeleton, module: nn.Module | None) -> list[str]:
+    if module is None:
+        return []
+    prefix = skeleton.name_of(module)
+    return [f"{prefix}.{name}" for name, _ in module.named_parameters()]
+
+
+def _same(one: list[dict[str, Any]], other: list[dict[str, Any]]) -> bool:
+    """Whether two recordings agree; layers that share an object are compared once."""
+    compared: set[tuple[int, int]] = set()
+    for a, b in zip(tree_leaves(one), tree_leaves(other), strict=True):
+        if (id(a), id(b)) in compared:
+            continue
+        compared.add((id(a), id(b)))
+        if isinstance(a, Tensor) != isinstance(b, Tensor):
+            return False
+        if isinstance(a, Tensor) and not torch.equal(a, b):
+            return False
+    return True

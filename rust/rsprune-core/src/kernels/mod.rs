@@ -1,0 +1,105 @@
+//! The innermost loop of everything: one register tile of a matrix product.
+//!
+//! A kernel adds `A B` to an `mr x nr` tile of `C`, where `A` is packed as `k` columns of `mr`
+//! values and `B` as `k` rows of `nr` values (the BLIS layout):
+//! ```text
+//! for p in 0..k { for r in 0..mr { for c in 0..nr { C[r, c] += A[p, r] * B[p, c] } } }
+//! ```
+//! `scalar` is that loop and the oracle of the others. The choice is made at run time, so one
+//! wheel serves every CPU; `RSPRUNE_KERNEL=scalar|avx2|avx512` overrides it to test each path.
+
+mod scalar;
+#[cfg(target_arch = "x86_64")]
+mod x86_64;
+
+use crate::error::{Error, Result};
+
+/// Adds `k` outer products to a tile: `(k, a_packed, b_packed, c, row_stride_of_c)`.
+///
+/// # Safety
+/// `a` holds `k * mr` values, `b` holds `k * nr`, and `c` points at `mr` rows of `nr` values
+/// that lie `stride` apart; the CPU has the features of the kernel.
+pub type TileFn = unsafe fn(usize, *const f32, *const f32, *mut f32, usize);
+
+/// A tile kernel and the shape of its tile.
+#[derive(Clone, Copy)]
+pub struct Kernel {
+    /// The name that `RSPRUNE_KERNEL` takes.
+    pub name: &'static str,
+    /// Rows of the register tile.
+    pub mr: usize,
+    /// Columns of the register tile.
+    pub nr: usize,
+    tile: TileFn,
+}
+
+impl Kernel {
+    /// The fastest kernel of this CPU, or the one that `RSPRUNE_KERNEL` names.
+    pub fn select() -> Result<Kernel> {
+        let available = Kernel::available();
+        match std::env::var("RSPRUNE_KERNEL") {
+            Ok(name) if !name.is_empty() => {
+                available.iter().find(|k| k.name == name).copied().ok_or_else(|| {
+                    let names: Vec<_> = available.iter().map(|k| k.name).collect();
+                    Error::Option(format!(
+                        "RSPRUNE_KERNEL={name}: this CPU has {}",
+                        names.join(", ")
+                    ))
+                })
+            }
+            _ => Ok(available[0]),
+        }
+    }
+
+    /// All kernels that this CPU can run, fastest first.
+    pub fn available() -> Vec<Kernel> {
+        let mut kernels = Vec::new();
+        #[cfg(target_arch = "x86_64")]
+        kernels.extend(x86_64::available());
+        kernels.push(scalar::KERNEL);
+        kernels
+    }
+
+    /// `C[0..mr, 0..nr] += A B` on packed panels; `c` starts at the tile's corner.
+    #[allow(unsafe_code)] // lengths are checked here, CPU features when the kernel was listed
+    pub fn tile(&self, k: usize, a: &[f32], b: &[f32], c: &mut [f32], stride: usize) {
+        assert!(a.len() >= k * self.mr && b.len() >= k * self.nr && stride >= self.nr);
+        assert!(c.len() >= (self.mr - 1) * stride + self.nr);
+        // SAFETY: the two assertions are the contract of `TileFn`.
+        unsafe { (self.tile)(k, a.as_ptr(), b.as_ptr(), c.as_mut_ptr(), stride) }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use proptest::prelude::*;
+
+    proptest! {
+        #[test]
+        fn every_kernel_agrees_with_the_scalar_twin(k in 0usize..70, pad in 0usize..5, seed: u64) {
+            for kernel in Kernel::available() {
+                let value = |i: usize| {
+                    let h = (i as u64 + 1).wrapping_mul(seed | 1) >> 40;
+                    h as f32 / (1u64 << 24) as f32 - 0.5
+                };
+                let a: Vec<f32> = (0..k * kernel.mr).map(value).collect();
+                let b: Vec<f32> = (0..k * kernel.nr).map(|i| value(i + 7919)).collect();
+                let stride = kernel.nr + pad;
+                let mut c: Vec<f32> = (0..kernel.mr * stride).map(|i| value(i + 31)).collect();
+                let start = c.clone();
+                kernel.tile(k, &a, &b, &mut c, stride);
+                for r in 0..kernel.mr {
+                    for j in 0..stride {
+                        let mut sum = f64::from(start[r * stride + j]);
+                        for p in 0..(if j < kernel.nr { k } else { 0 }) {
+                            sum += f64::from(a[p * kernel.mr + r]) * f64::from(b[p * kernel.nr + j]);
+                        }
+                        let found = f64::from(c[r * stride + j]);
+                        prop_assert!((found - sum).abs() < 1e-4, "{} {found} {sum}", kernel.name);
+                    }
+                }
+            }
+        }
+    }
+}

@@ -1,0 +1,135 @@
+//! `X^T Y` summed over batches of tokens: f32 inside of a batch, f64 across batches.
+
+use super::pack::{PackedB, Scratch};
+use crate::error::{Error, Result};
+use crate::kernels::Kernel;
+use crate::par::Job;
+
+/// Rows of the sum that one worker owns at a time.
+const BLOCK: usize = 112;
+
+/// A running sum `S [n, n] += X^T Y` over batches `X, Y [tokens, n]`.
+///
+/// With `Y = X` only the lower triangle is computed (a SYRK); [`GramSum::value`] mirrors it.
+pub struct GramSum {
+    n: usize,
+    symmetric: bool,
+    sum: Vec<f64>,
+}
+
+impl GramSum {
+    /// An empty sum; `symmetric` promises that every batch has `Y = X`.
+    pub fn new(n: usize, symmetric: bool) -> GramSum {
+        GramSum { n, symmetric, sum: vec![0.0; n * n] }
+    }
+
+    /// Adds one batch: `left` is `X`, `right` is `Y` packed, both with the same tokens.
+    pub fn add(&mut self, job: &Job, kernel: &Kernel, left: &[f32], right: &PackedB) -> Result<()> {
+        let (n, tokens, symmetric) = (self.n, right.k, self.symmetric);
+        if left.len() != tokens * n || right.n != n {
+            return Err(Error::Shape {
+                what: "activations".into(),
+                expected: format!("{tokens} x {n}"),
+                found: format!("{} values against {} columns", left.len(), right.n),
+            });
+        }
+        job.map_blocks(&mut self.sum, BLOCK * n, |block, rows| {
+            let first = block * BLOCK;
+            let last = first + rows.len() / n;
+            let mut scratch = Scratch::default();
+            let packed = scratch.pack_columns(kernel.mr, left, tokens, (first, last), n);
+            let columns = if symmetric { last } else { n };
+            for j in 0..columns.div_ceil(kernel.nr) {
+                add_column_panel(kernel, tokens, packed, right.panel(j, 0, tokens), rows, n, j);
+            }
+            Ok(())
+        })?;
+        Ok(())
+    }
+
+    /// The sum as a full `n x n` matrix.
+    pub fn value(&self) -> Vec<f64> {
+        let mut full = self.sum.clone();
+        if self.symmetric {
+            for i in 0..self.n {
+                for j in 0..i {
+                    full[j * self.n + i] = full[i * self.n + j];
+                }
+            }
+            // Tiles overhang the diagonal; those entries were overwritten by their mirror image.
+        }
+        full
+    }
+
+    /// The diagonal of the sum.
+    pub fn diagonal(&self) -> Vec<f64> {
+        (0..self.n).map(|i| self.sum[i * self.n + i]).collect()
+    }
+}
+
+/// Adds the product of a packed block of `X^T` and one panel of `Y` to the rows of the sum.
+fn add_column_panel(
+    kernel: &Kernel,
+    tokens: usize,
+    packed: &[f32],
+    panel: &[f32],
+    rows: &mut [f64],
+    n: usize,
+    j: usize,
+) {
+    let (c0, height) = (j * kernel.nr, rows.len() / n);
+    let width = kernel.nr.min(n - c0);
+    for (i, a) in packed.chunks_exact((kernel.mr * tokens).max(1)).enumerate() {
+        let mut tile = [0.0f32; 512];
+        kernel.tile(tokens, a, panel, &mut tile, kernel.nr);
+        for r in 0..kernel.mr.min(height - i * kernel.mr) {
+            let row = &mut rows[(i * kernel.mr + r) * n + c0..][..width];
+            for (sum, v) in row.iter_mut().zip(&tile[r * kernel.nr..]) {
+                *sum += f64::from(*v);
+            }
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::par::Pool;
+    use proptest::prelude::*;
+    use std::sync::atomic::AtomicBool;
+
+    proptest! {
+        #![proptest_config(ProptestConfig::with_cases(16))]
+        #[test]
+        fn sums_are_the_triple_loop_for_any_thread_count(
+            n in 1usize..130, tokens in 1usize..40, symmetric: bool, seed: u32,
+        ) {
+            let value = |i: usize| ((i as u32).wrapping_mul(seed | 1) >> 16) as f32 / 65536.0 - 0.5;
+            let x: Vec<f32> = (0..tokens * n).map(value).collect();
+            let y: Vec<f32> = if symmetric { x.clone() } else { x.iter().map(|v| v * v).collect() };
+            let flag = AtomicBool::new(false);
+            for kernel in Kernel::available() {
+                let packed = PackedB::new(&kernel, &y, tokens, n, n);
+                let mut found = Vec::new();
+                for threads in [1, 2, 5] {
+                    let pool = Pool::new(threads).unwrap();
+                    let mut sum = GramSum::new(n, symmetric);
+                    for _ in 0..2 {
+                        sum.add(&Job::new(&pool, &flag), &kernel, &x, &packed).unwrap();
+                    }
+                    found.push(sum.value());
+                }
+                prop_assert_eq!(&found[0], &found[1]);
+                prop_assert_eq!(&found[0], &found[2]);
+                for i in 0..n {
+                    for j in 0..n {
+                        let dot: f64 = (0..tokens)
+                            .map(|t| f64::from(x[t * n + i]) * f64::from(y[t * n + j]))
+                            .sum();
+                        prop_assert!((found[0][i * n + j] - 2.0 * dot).abs() < 1e-4);
+                    }
+                }
+            }
+        }
+    }
+}

@@ -1,0 +1,114 @@
+//! Panels: the order of elements in which a tile kernel reads its operands.
+
+use crate::kernels::Kernel;
+
+#[derive(Clone, Copy)]
+#[repr(C, align(64))]
+struct Line([f32; 16]);
+
+/// A zeroed f32 buffer that starts on a cache line, so no vector load straddles two.
+struct Aligned {
+    lines: Vec<Line>,
+}
+
+impl Aligned {
+    fn zeros(len: usize) -> Aligned {
+        Aligned { lines: vec![Line([0.0; 16]); len.div_ceil(16)] }
+    }
+
+    #[allow(unsafe_code)] // Line is 16 f32 without padding
+    fn as_mut(&mut self) -> &mut [f32] {
+        let len = self.lines.len() * 16;
+        // SAFETY: `lines` owns exactly `len` consecutive f32.
+        unsafe { std::slice::from_raw_parts_mut(self.lines.as_mut_ptr().cast(), len) }
+    }
+
+    #[allow(unsafe_code)] // Line is 16 f32 without padding
+    fn as_ref(&self) -> &[f32] {
+        // SAFETY: as in `as_mut`.
+        unsafe { std::slice::from_raw_parts(self.lines.as_ptr().cast(), self.lines.len() * 16) }
+    }
+}
+
+/// The right operand `B [k, n]` in column panels of `nr`, the last one padded with zeros.
+pub struct PackedB {
+    /// Rows of B.
+    pub k: usize,
+    /// Columns of B.
+    pub n: usize,
+    nr: usize,
+    data: Aligned,
+}
+
+impl PackedB {
+    /// Packs `k` rows of `n` values that lie `stride` apart.
+    pub fn new(kernel: &Kernel, b: &[f32], k: usize, n: usize, stride: usize) -> PackedB {
+        let nr = kernel.nr;
+        let mut data = Aligned::zeros(n.div_ceil(nr) * nr * k);
+        for (j, panel) in data.as_mut().chunks_exact_mut((nr * k).max(1)).enumerate() {
+            let (c0, c1) = (j * nr, ((j + 1) * nr).min(n));
+            for (p, row) in panel.chunks_exact_mut(nr).enumerate() {
+                row[..c1 - c0].copy_from_slice(&b[p * stride + c0..p * stride + c1]);
+            }
+        }
+        PackedB { k, n, nr, data }
+    }
+
+    /// Rows `k0..k1` of column panel `j`.
+    pub(super) fn panel(&self, j: usize, k0: usize, k1: usize) -> &[f32] {
+        let start = j * self.nr * self.k;
+        &self.data.as_ref()[start + k0 * self.nr..start + k1 * self.nr]
+    }
+}
+
+/// Room for one packed block of the left operand; reused from call to call.
+#[derive(Default)]
+pub struct Scratch {
+    a: Vec<f32>,
+}
+
+impl Scratch {
+    /// Packs columns `k0..k1` of `rows` rows (`stride` apart) into panels of `mr` rows.
+    pub(super) fn pack_rows(
+        &mut self,
+        mr: usize,
+        a: &[f32],
+        rows: usize,
+        (k0, k1): (usize, usize),
+        stride: usize,
+    ) -> &[f32] {
+        let panel_len = mr * (k1 - k0);
+        self.a.clear();
+        self.a.resize(rows.div_ceil(mr) * panel_len, 0.0);
+        for (i, panel) in self.a.chunks_exact_mut(panel_len.max(1)).enumerate() {
+            for r in 0..mr.min(rows - i * mr) {
+                let row = &a[(i * mr + r) * stride..][k0..k1];
+                for (p, &v) in row.iter().enumerate() {
+                    panel[p * mr + r] = v;
+                }
+            }
+        }
+        &self.a
+    }
+
+    /// Packs columns `c0..c1` of a `[k, *]` matrix, transposed, into panels of `mr` columns.
+    pub(super) fn pack_columns(
+        &mut self,
+        mr: usize,
+        a: &[f32],
+        k: usize,
+        (c0, c1): (usize, usize),
+        stride: usize,
+    ) -> &[f32] {
+        let panel_len = mr * k;
+        self.a.clear();
+        self.a.resize((c1 - c0).div_ceil(mr) * panel_len, 0.0);
+        for (i, panel) in self.a.chunks_exact_mut(panel_len.max(1)).enumerate() {
+            let (lo, hi) = (c0 + i * mr, (c0 + (i + 1) * mr).min(c1));
+            for (p, out) in panel.chunks_exact_mut(mr).enumerate() {
+                out[..hi - lo].copy_from_slice(&a[p * stride + lo..p * stride + hi]);
+            }
+        }
+        &self.a
+    }
+}

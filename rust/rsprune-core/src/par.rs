@@ -1,0 +1,80 @@
+//! Threads, and the only file that names rayon.
+//!
+//! Work is cut into blocks whose size never depends on the number of threads, and results come
+//! back in block order, so every sum is folded in one order: same bits for any thread count.
+
+use crate::error::{Error, Result};
+use rayon::prelude::*;
+use std::sync::atomic::{AtomicBool, Ordering};
+
+/// Worker threads of our own, apart from rayon's global pool (which hangs after `fork`).
+pub struct Pool(rayon::ThreadPool);
+
+impl Pool {
+    /// A pool of `threads` workers (at least one).
+    pub fn new(threads: usize) -> Result<Pool> {
+        rayon::ThreadPoolBuilder::new()
+            .num_threads(threads.max(1))
+            .thread_name(|i| format!("rsprune-{i}"))
+            .build()
+            .map(Pool)
+            .map_err(|e| Error::Option(format!("cannot start {threads} threads: {e}")))
+    }
+}
+
+/// One call's right to use a pool, and the flag that stops it.
+pub struct Job<'a> {
+    pool: &'a Pool,
+    cancel: &'a AtomicBool,
+}
+
+impl<'a> Job<'a> {
+    /// A job on `pool` that ends with [`Error::Cancelled`] soon after `cancel` is set.
+    pub fn new(pool: &'a Pool, cancel: &'a AtomicBool) -> Job<'a> {
+        Job { pool, cancel }
+    }
+
+    /// `Err(Cancelled)` once the caller asked to stop. Loops call this about every 10 ms of work.
+    pub fn check(&self) -> Result<()> {
+        if self.cancel.load(Ordering::Relaxed) {
+            return Err(Error::Cancelled);
+        }
+        Ok(())
+    }
+
+    /// Runs `f(block_index, block)` over consecutive blocks of `len` elements of `data`, in
+    /// parallel; the results stand in block order.
+    pub fn map_blocks<E: Send, T: Send>(
+        &self,
+        data: &mut [E],
+        len: usize,
+        f: impl Fn(usize, &mut [E]) -> Result<T> + Sync,
+    ) -> Result<Vec<T>> {
+        self.pool.0.install(|| {
+            data.par_chunks_mut(len.max(1))
+                .enumerate()
+                .map(|(i, block)| {
+                    self.check()?;
+                    f(i, block)
+                })
+                .collect()
+        })
+    }
+
+    /// Runs `f(i)` for `i` in `0..count` in parallel; the results stand in order.
+    pub fn map<T: Send>(
+        &self,
+        count: usize,
+        f: impl Fn(usize) -> Result<T> + Sync,
+    ) -> Result<Vec<T>> {
+        self.pool.0.install(|| {
+            (0..count)
+                .into_par_iter()
+                .map(|i| {
+                    self.check()?;
+                    f(i)
+                })
+                .collect()
+        })
+    }
+}

@@ -1,0 +1,218 @@
+//! Writes safetensors files whose layout is planned before the first byte is known.
+//!
+//! plan -> create (temp file, whole length reserved) -> put in any order -> finish (fsync,
+//! rename, fsync of the folder). A file that stands under its own name is complete and on disk;
+//! a run that dies leaves at most a `.tmp`, which the next run replaces.
+#![allow(unsafe_code)] // fallocate and fstatvfs, which std does not have
+
+use super::layout::Layout;
+use super::{broken, io_error};
+use crate::error::{Error, Result};
+use std::ffi::OsString;
+use std::fs::{self, File, OpenOptions};
+use std::io;
+use std::mem::MaybeUninit;
+use std::os::fd::AsRawFd;
+use std::os::unix::fs::{FileExt, MetadataExt};
+use std::path::{Path, PathBuf};
+
+/// Names listed in one message.
+const LISTED: usize = 5;
+
+/// A file that is being filled. Dropped before [`Writer::finish`], it removes its temp file.
+#[derive(Debug)]
+pub struct Writer {
+    temp: Temp,
+    layout: Layout,
+    done: Vec<bool>,
+}
+
+impl Writer {
+    /// Creates `<path>.tmp` with its full length reserved, so that a full disk is an error now
+    /// and not after hours, and writes the header.
+    pub fn create(path: impl Into<PathBuf>, layout: Layout) -> Result<Writer> {
+        let temp = Temp::create(path.into())?;
+        let length = layout.file_len();
+        reserve(&temp.file, length)
+            .map_err(io_error(&temp.path, format!("reservation of {length} bytes")))?;
+        temp.write_at(layout.header_bytes(), 0, "the header")?;
+        let done = vec![false; layout.infos().len()];
+        Ok(Writer { temp, layout, done })
+    }
+
+    /// The plan that is being filled.
+    pub fn layout(&self) -> &Layout {
+        &self.layout
+    }
+
+    /// Writes all bytes of the tensor `name` to their planned place. In any order, each once.
+    pub fn put(&mut self, name: &str, bytes: &[u8]) -> Result<()> {
+        let path = &self.temp.target;
+        let Some(i) = self.layout.position(name) else {
+            let (path, name) = (path.clone(), name.to_string());
+            return Err(Error::MissingTensor { path, name });
+        };
+        let info = &self.layout.infos()[i];
+        if bytes.len() as u64 != info.nbytes {
+            return Err(Error::Shape {
+                what: format!("bytes of tensor {name:?} for {}", path.display()),
+                expected: format!("{} ({} {:?})", info.nbytes, info.dtype, info.shape),
+                found: bytes.len().to_string(),
+            });
+        }
+        if self.done[i] {
+            return Err(broken(path, format!("tensor {name:?} was put twice")));
+        }
+        self.temp.write_at(bytes, info.offset, &format!("tensor {name:?}"))?;
+        self.done[i] = true;
+        Ok(())
+    }
+
+    /// Makes the file durable and shows it under its name; an error if a tensor was not put.
+    pub fn finish(mut self) -> Result<()> {
+        let infos = self.layout.infos().iter().zip(&self.done);
+        let missing: Vec<_> = infos.filter(|(_, done)| !**done).map(|(t, _)| &t.name).collect();
+        if !missing.is_empty() {
+            let (count, all) = (missing.len(), self.done.len());
+            let listed = &missing[..count.min(LISTED)];
+            let dots = if count > LISTED { ", ..." } else { "" };
+            let reason = format!("{count} of {all} tensors were never put: {listed:?}{dots}");
+            return Err(broken(&self.temp.target, reason));
+        }
+        self.temp.commit()
+    }
+}
+
+/// Writes a small file as a whole: a reader sees the old bytes or the new ones, never a part.
+pub fn write_file(path: &Path, bytes: &[u8]) -> Result<()> {
+    let mut temp = Temp::create(path.to_path_buf())?;
+    temp.write_at(bytes, 0, "the file")?;
+    temp.commit()
+}
+
+/// `<target>.tmp`, until it is renamed or dropped.
+#[derive(Debug)]
+struct Temp {
+    file: File,
+    path: PathBuf,
+    target: PathBuf,
+    renamed: bool,
+}
+
+impl Temp {
+    /// Replaces a stale temp file, but never writes into one: it may be a link or still open.
+    fn create(target: PathBuf) -> Result<Temp> {
+        let mut path = OsString::from(&target);
+        path.push(".tmp");
+        let path = PathBuf::from(path);
+        match fs::remove_file(&path) {
+            Err(e) if e.kind() != io::ErrorKind::NotFound => {
+                return Err(io_error(&path, "removal of a stale temp file")(e));
+            }
+            _ => {}
+        }
+        let mut options = OpenOptions::new();
+        let file = options.write(true).create_new(true).open(&path);
+        Ok(Temp { file: file.map_err(io_error(&path, "create"))?, path, target, renamed: false })
+    }
+
+    fn write_at(&self, bytes: &[u8], offset: u64, what: &str) -> Result<()> {
+        self.file.write_all_at(bytes, offset).map_err(|e| {
+            let action = format!("write of {what}, {} bytes at {offset}", bytes.len());
+            io_error(&self.path, action)(e)
+        })
+    }
+
+    /// fsync, rename, fsync of the folder, in this order: a name never points to missing bytes.
+    fn commit(&mut self) -> Result<()> {
+        self.file.sync_all().map_err(io_error(&self.path, "fsync"))?;
+        if !self.is_ours() {
+            let reason = "another process has replaced this temp file: two runs, one output?";
+            return Err(broken(&self.path, reason));
+        }
+        fs::rename(&self.path, &self.target)
+            .map_err(io_error(&self.path, format!("rename to {}", self.target.display())))?;
+        self.renamed = true;
+        sync_folder(&self.target)
+    }
+
+    /// Whether the name of the temp file still means the file that we opened.
+    fn is_ours(&self) -> bool {
+        match (self.file.metadata(), fs::symlink_metadata(&self.path)) {
+            (Ok(a), Ok(b)) => (a.dev(), a.ino()) == (b.dev(), b.ino()),
+            _ => false,
+        }
+    }
+}
+
+impl Drop for Temp {
+    fn drop(&mut self) {
+        if !self.renamed && self.is_ours() {
+            // Nobody is left to hear of a failure, and the next run removes a stale file.
+            let _ = fs::remove_file(&self.path);
+        }
+    }
+}
+
+/// Makes a rename in the folder of `path` durable.
+fn sync_folder(path: &Path) -> Result<()> {
+    let folder = match path.parent() {
+        Some(folder) if folder != Path::new("") => folder,
+        _ => Path::new("."),
+    };
+    let opened = File::open(folder).map_err(io_error(folder, "open"))?;
+    match opened.sync_all() {
+        // Some network file systems have no fsync of folders; there is nothing better to call.
+        Err(e) if e.raw_os_error() == Some(libc::EINVAL) => Ok(()),
+        result => result.map_err(io_error(folder, "fsync of the folder")),
+    }
+}
+
+/// Gives `file` its length with the disk blocks behind it, where the file system can.
+fn reserve(file: &File, length: u64) -> io::Result<()> {
+    // Asked first, because a reservation that fails has filled the disk for a moment, for others.
+    if free_bytes(file)?.is_some_and(|free| free < length) {
+        return Err(io::Error::from_raw_os_error(libc::ENOSPC));
+    }
+    match allocate(file, length).map_err(|e| (e.raw_os_error(), e)) {
+        Err((Some(libc::EOPNOTSUPP | libc::EINVAL | libc::ENOSYS), _)) => file.set_len(length),
+        result => result.map_err(|(_, e)| e),
+    }
+}
+
+/// What is free for us on the file system of `file`; `None` where it does not say.
+fn free_bytes(file: &File) -> io::Result<Option<u64>> {
+    let mut stat = MaybeUninit::<libc::statvfs>::uninit();
+    // SAFETY: the descriptor is open for the whole call, and `stat` has the struct's size.
+    if unsafe { libc::fstatvfs(file.as_raw_fd(), stat.as_mut_ptr()) } != 0 {
+        return Err(io::Error::last_os_error());
+    }
+    // SAFETY: a call that succeeded has filled it.
+    let stat = unsafe { stat.assume_init() };
+    let known = stat.f_blocks > 0; // some network file systems say 0 of everything
+    #[allow(clippy::unnecessary_cast)] // both types differ between systems
+    let free = (stat.f_bavail as u64).saturating_mul(stat.f_frsize as u64);
+    Ok(known.then_some(free))
+}
+
+/// `fallocate` and not `posix_fallocate`: where the file system cannot, glibc's version of the
+/// latter writes into every block of the file instead of saying so.
+#[cfg(target_os = "linux")]
+fn allocate(file: &File, length: u64) -> io::Result<()> {
+    let length = libc::off64_t::try_from(length).map_err(io::Error::other)?;
+    loop {
+        // SAFETY: the descriptor is open for the whole call, which touches no memory of ours.
+        if unsafe { libc::fallocate64(file.as_raw_fd(), 0, 0, length) } == 0 {
+            return Ok(());
+        }
+        let error = io::Error::last_os_error();
+        if error.kind() != io::ErrorKind::Interrupted {
+            return Err(error);
+        }
+    }
+}
+
+#[cfg(not(target_os = "linux"))]
+fn allocate(_: &File, _: u64) -> io::Result<()> {
+    Err(io::Error::from_raw_os_error(libc::EOPNOTSUPP))
+}

@@ -1,0 +1,87 @@
+//! What a method is given, and what it must answer for.
+
+use super::{GramQuadratic, Statistics};
+use crate::error::Result;
+use crate::float::Float;
+use crate::par::Job;
+use crate::pattern::Pattern;
+
+/// One operator to prune.
+pub struct Task<'a> {
+    /// `W [m, n]`, as stored, in f32.
+    pub weight: &'a [f32],
+    /// The type in which the result is stored.
+    pub float: Float,
+    /// What may stay.
+    pub pattern: Pattern,
+    /// Sums over the calibration tokens.
+    pub calibration: &'a Statistics,
+    /// Sums over tokens that no solver sees.
+    pub heldout: Option<&'a Statistics>,
+}
+
+/// Figures at the very point that is stored.
+#[derive(Clone, Debug, Default)]
+pub struct Certificate {
+    /// `||V X* - W X||^2 / ||W X||^2` on the calibration tokens.
+    pub error: f64,
+    /// The same on the held-out tokens.
+    pub heldout: Option<f64>,
+    /// Fraction of zeros.
+    pub sparsity: f64,
+    /// Calibration tokens behind `error`.
+    pub tokens: u64,
+    /// Input channels that never carried a value.
+    pub dead_channels: usize,
+    /// The l1 weight of the returned point, where the method has one.
+    pub lambda: Option<f64>,
+    /// Outer rounds.
+    pub rounds: usize,
+    /// Inner iterations, all rounds together.
+    pub iterations: usize,
+    /// Whether the method stopped by its own rule and not by a cap.
+    pub converged: bool,
+}
+
+/// A pruned operator.
+pub struct Solution {
+    /// `V [m, n]`, rounded to the stored type.
+    pub values: Vec<f32>,
+    /// Its figures.
+    pub certificate: Certificate,
+}
+
+impl Task<'_> {
+    /// Input channels.
+    pub fn cols(&self) -> usize {
+        self.calibration.width()
+    }
+
+    /// Rounds `values` to the stored type and measures them there.
+    pub(super) fn certify(
+        &self,
+        job: &Job,
+        mut values: Vec<f32>,
+        term: &GramQuadratic,
+    ) -> Result<Solution> {
+        values.iter_mut().for_each(|v| *v = self.float.round(*v));
+        assert!(self.pattern.holds(&values, self.cols()), "a solver left its pattern");
+        let zeros = values.iter().filter(|v| **v == 0.0).count();
+        let heldout = match self.heldout {
+            Some(stats) => {
+                Some(GramQuadratic::new(job, self.weight, stats)?.relative_error(job, &values)?)
+            }
+            None => None,
+        };
+        let certificate = Certificate {
+            error: term.relative_error(job, &values)?,
+            heldout,
+            sparsity: zeros as f64 / values.len().max(1) as f64,
+            tokens: self.calibration.tokens(),
+            dead_channels: self.calibration.dead_channels(),
+            converged: true,
+            ..Certificate::default()
+        };
+        Ok(Solution { values, certificate })
+    }
+}

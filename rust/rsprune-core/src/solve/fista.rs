@@ -1,0 +1,189 @@
+//! FISTAPruner (arXiv 2408.03728), faithful mode.
+//!
+//! ```text
+//! best = warm start
+//! repeat until `patience` rounds in a row bring no gain:
+//!     V = 20 FISTA iterations from best on  J(V) + lambda |V|_1
+//!     R = V rounded to the pattern by magnitude;   keep R if J(R) < J(best)
+//!     lambda up if rounding causes more than a share xi of the error of R, else down
+//! ```
+//! Published: objective, step 1/L, 20 iterations, xi = 0.3, patience 3, restart from the best
+//! rounded point, corrected inputs, warm start. Reconstructed, as the text leaves it open: the
+//! shares are of norms, not of squares; lambda is in units of `mean(diag G) * rms(W)`, starts at
+//! [`FistaOptions::lambda`], moves by factors of ten until it is bracketed and is then bisected
+//! in the logarithm; only rounds with a bracket count against patience.
+
+use super::score::wanda_point;
+use super::sparsegpt::sparsegpt_point;
+use super::{GramQuadratic, Solution, Task};
+use crate::error::Result;
+use crate::linalg::{ROW_BLOCK, Scratch, dot, gemm, largest_eigenvalue};
+use crate::par::Job;
+
+/// Where the first round starts.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum WarmStart {
+    /// Published for Llama.
+    Wanda,
+    /// Published for OPT.
+    SparseGpt,
+}
+
+/// The constants of the method; [`FistaOptions::default`] are the published ones.
+#[derive(Clone, Copy, Debug)]
+pub struct FistaOptions {
+    /// FISTA iterations a round.
+    pub iterations: usize,
+    /// Largest share of the error that rounding may cause before lambda rises.
+    pub xi: f64,
+    /// Rounds without a gain after which it stops.
+    pub patience: usize,
+    /// A cap on rounds.
+    pub max_rounds: usize,
+    /// First lambda.
+    pub lambda: f64,
+    /// First point.
+    pub warm_start: WarmStart,
+    /// Relative damping of a SparseGPT warm start.
+    pub damping: f64,
+}
+
+impl Default for FistaOptions {
+    fn default() -> FistaOptions {
+        FistaOptions {
+            iterations: 20,
+            xi: 0.3,
+            patience: 3,
+            max_rounds: 40,
+            lambda: 0.1,
+            warm_start: WarmStart::Wanda,
+            damping: 0.01,
+        }
+    }
+}
+
+/// Solves one operator; see the module's header.
+pub fn fista(job: &Job, task: &Task, options: &FistaOptions) -> Result<Solution> {
+    let term = GramQuadratic::new(job, task.weight, task.calibration)?;
+    let mut best = match options.warm_start {
+        WarmStart::Wanda => wanda_point(task),
+        WarmStart::SparseGpt => sparsegpt_point(job, task, &term, options.damping)?,
+    };
+    let mut best_error = term.relative_error(job, &best)?;
+    let mut search = LambdaSearch::new(options.lambda);
+    let (mut rounds, mut stale, mut best_lambda) = (0, 0, 0.0);
+    let lipschitz = largest_eigenvalue(&term.gram, term.n);
+    let scale = (dot(task.weight, task.weight) / task.weight.len().max(1) as f64).sqrt();
+    while lipschitz > 0.0 && stale < options.patience && rounds < options.max_rounds {
+        let prox = Prox { step: 1.0 / lipschitz, threshold: search.lambda * scale / lipschitz };
+        let point = iterate(job, &term, &best, prox, options.iterations)?;
+        let mut rounded = point.clone();
+        task.pattern.project(&mut rounded, task.cols(), None);
+        let total = term.relative_error(job, &rounded)?;
+        let rounding = term.relative_distance(job, &point, &rounded)?;
+        rounds += 1;
+        stale += usize::from(search.bracketed());
+        if total < best_error {
+            (best, best_error, best_lambda, stale) = (rounded, total, search.lambda, 0);
+        }
+        if !search.advance(rounding.sqrt() > options.xi * total.sqrt()) {
+            break;
+        }
+    }
+    let mut solution = task.certify(job, best, &term)?;
+    solution.certificate.lambda = Some(best_lambda);
+    solution.certificate.rounds = rounds;
+    solution.certificate.iterations = rounds * options.iterations;
+    solution.certificate.converged = rounds < options.max_rounds;
+    Ok(solution)
+}
+
+#[derive(Clone, Copy)]
+struct Prox {
+    step: f64,
+    threshold: f64,
+}
+
+/// `iterations` FISTA steps from `start [m, n]`; every row block runs all of them by itself.
+fn iterate(
+    job: &Job,
+    term: &GramQuadratic,
+    start: &[f32],
+    prox: Prox,
+    iterations: usize,
+) -> Result<Vec<f32>> {
+    let mut point = start.to_vec();
+    let len = ROW_BLOCK * term.n;
+    job.map_blocks(&mut point, len, |i, v| {
+        let range = i * len..i * len + v.len();
+        let linear = term.linear.as_ref().map(|b| &b[range.clone()]);
+        let w = &term.weight[range];
+        let rows = v.len() / term.n;
+        let mut scratch = Scratch::default();
+        let mut y = v.to_vec();
+        let mut d = vec![0.0f32; v.len()];
+        let mut gradient = vec![0.0f32; v.len()];
+        let mut t = 1.0f64;
+        for _ in 0..iterations {
+            job.check()?;
+            d.iter_mut().zip(&y).zip(w).for_each(|((d, y), w)| *d = y - w);
+            gemm(&term.kernel, &mut scratch, (&d, rows, term.n), &term.packed, &mut gradient);
+            if let Some(b) = linear {
+                gradient.iter_mut().zip(b).for_each(|(g, b)| *g += b);
+            }
+            let next = (1.0 + (1.0 + 4.0 * t * t).sqrt()) / 2.0;
+            proximal_step(v, &mut y, &gradient, prox, ((t - 1.0) / next) as f32);
+            t = next;
+        }
+        Ok(())
+    })?;
+    Ok(point)
+}
+
+/// `v' = soft(y - step * gradient, threshold)`, `y' = v' + momentum (v' - v)`.
+fn proximal_step(v: &mut [f32], y: &mut [f32], gradient: &[f32], prox: Prox, momentum: f32) {
+    let (step, threshold) = (prox.step as f32, prox.threshold as f32);
+    for ((v, y), g) in v.iter_mut().zip(y).zip(gradient) {
+        let u = *y - step * g;
+        let new = u - u.clamp(-threshold, threshold); // the soft threshold without a branch
+        *y = new + momentum * (new - *v);
+        *v = new;
+    }
+}
+
+/// lambda: by factors of ten until bracketed, then by bisection of the logarithm.
+struct LambdaSearch {
+    lambda: f64,
+    too_low: Option<f64>,
+    too_high: Option<f64>,
+}
+
+impl LambdaSearch {
+    const RANGE: std::ops::Range<f64> = 1e-6..1e6;
+    const RESOLUTION: f64 = 1e-3;
+
+    fn new(lambda: f64) -> LambdaSearch {
+        LambdaSearch { lambda, too_low: None, too_high: None }
+    }
+
+    fn bracketed(&self) -> bool {
+        self.too_low.is_some() && self.too_high.is_some()
+    }
+
+    /// Moves on; false when there is no lambda left to try.
+    fn advance(&mut self, raise: bool) -> bool {
+        if raise {
+            self.too_low = Some(self.lambda);
+        } else {
+            self.too_high = Some(self.lambda);
+        }
+        self.lambda = match (self.too_low, self.too_high) {
+            (Some(low), Some(high)) if high / low - 1.0 < Self::RESOLUTION => return false,
+            (Some(low), Some(high)) => (low * high).sqrt(),
+            (Some(low), None) => low * 10.0,
+            (None, Some(high)) => high / 10.0,
+            (None, None) => unreachable!("one side was just set"),
+        };
+        Self::RANGE.contains(&self.lambda)
+    }
+}

@@ -1,0 +1,22 @@
+//! The layer problem that every layer-wise method shares, and the methods.
+//!
+//! ```text
+//! J(V) = 1/2 || V X* - W X ||^2      subject to a sparsity pattern
+//! ```
+//! `W [m, n]` dense weight, `X [n, T]` its inputs in the dense model, `X*` its inputs in the
+//! compressed model. A method needs sums over tokens only ([`Statistics`]), never activations,
+//! and returns its point with a [`Certificate`] measured at the point that is stored.
+
+mod certificate;
+mod datafit;
+mod fista;
+mod score;
+mod sparsegpt;
+mod statistics;
+
+pub use certificate::{Certificate, Solution, Task};
+pub use datafit::GramQuadratic;
+pub use fista::{FistaOptions, WarmStart, fista};
+pub use score::{magnitude, wanda};
+pub use sparsegpt::sparsegpt;
+pub use statistics::Statistics;

@@ -1,0 +1,32 @@
+//! Methods that choose a mask by a score and leave the kept weights as they are.
+
+use super::{GramQuadratic, Solution, Statistics, Task};
+use crate::error::Result;
+use crate::par::Job;
+
+/// Keeps the largest `|w|`.
+pub fn magnitude(job: &Job, task: &Task) -> Result<Solution> {
+    let term = GramQuadratic::new(job, task.weight, task.calibration)?;
+    let mut values = task.weight.to_vec();
+    task.pattern.project(&mut values, task.cols(), None);
+    task.certify(job, values, &term)
+}
+
+/// Wanda (arXiv 2306.11695): keeps the largest `|w| sqrt(G_jj)`.
+pub fn wanda(job: &Job, task: &Task) -> Result<Solution> {
+    let term = GramQuadratic::new(job, task.weight, task.calibration)?;
+    task.certify(job, wanda_point(task), &term)
+}
+
+/// Wanda's point, not yet rounded: also the warm start of other methods.
+pub(super) fn wanda_point(task: &Task) -> Vec<f32> {
+    let mut values = task.weight.to_vec();
+    let norms = input_norms(task.calibration);
+    task.pattern.project(&mut values, task.cols(), Some(&norms));
+    values
+}
+
+fn input_norms(stats: &Statistics) -> Vec<f32> {
+    let tokens = stats.tokens().max(1) as f64;
+    stats.diagonal().iter().map(|g| (g / tokens).sqrt() as f32).collect()
+}

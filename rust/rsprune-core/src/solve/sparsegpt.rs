@@ -1,0 +1,164 @@
+//! SparseGPT (arXiv 2301.00774): prune column by column, let later columns make up for it.
+//!
+//! With `H = G + damping * mean(diag G) I = R R^T` (R upper) and `D = W - V` the loop is
+//! ```text
+//! for each column j:  t_j = w_j + (sum_{a<j} D_a R_aj) / R_jj     what w_j has become by now
+//!                     score = (t_j R_jj)^2;   v_j = t_j or 0;     D_j = w_j - v_j
+//! ```
+//! the published update without any inverse (`U = R^-1`, `[H^-1]_jj` of the remaining columns is
+//! `1 / R_jj^2`). Masks are chosen as published: of every group when its first column is reached
+//! (keep-of), of every 128 columns when the block is reached (ratios; over all rows, or per row).
+
+use super::{GramQuadratic, Solution, Task};
+use crate::error::Result;
+use crate::linalg::{PackedB, ROW_BLOCK, Scratch, gemm, reversed_cholesky, solve_rows};
+use crate::par::Job;
+use crate::pattern::{Pattern, Scope, for_smallest};
+
+const BLOCK: usize = 128;
+
+/// SparseGPT with relative `damping` (published: 0.01). With corrected inputs it prunes
+/// `W - W P H^-1`, the unconstrained minimiser of the same objective (our reconstruction).
+pub fn sparsegpt(job: &Job, task: &Task, damping: f64) -> Result<Solution> {
+    let term = GramQuadratic::new(job, task.weight, task.calibration)?;
+    let values = sparsegpt_point(job, task, &term, damping)?;
+    task.certify(job, values, &term)
+}
+
+/// SparseGPT's point, not yet rounded: also the warm start of other methods.
+pub(super) fn sparsegpt_point(
+    job: &Job,
+    task: &Task,
+    term: &GramQuadratic,
+    damping: f64,
+) -> Result<Vec<f32>> {
+    let n = task.cols();
+    let mut r = term.gram.clone();
+    (0..n).for_each(|i| r[i * n + i] += damping as f32); // the mean of diag(G) is one
+    reversed_cholesky(job, &term.kernel, &mut r, n, damping)?;
+    let mut target = task.weight.to_vec();
+    if let Some(linear) = &term.linear {
+        let shift = solve_rows(job, linear, &r, n)?;
+        target.iter_mut().zip(&shift).for_each(|(w, s)| *w -= s);
+    }
+    let mut sweep = Sweep { n, r: &r, target: &target, values: target.clone() };
+    for block in (0..n).step_by(BLOCK) {
+        let end = (block + BLOCK).min(n);
+        sweep.feed_back(job, term, block, end)?;
+        sweep.prune_block(job, task.pattern, block, end)?;
+    }
+    Ok(sweep.values)
+}
+
+struct Sweep<'a> {
+    n: usize,
+    r: &'a [f32],
+    target: &'a [f32],
+    /// Final left of the current block; in it, the weights as they have become by now.
+    values: Vec<f32>,
+}
+
+impl Sweep<'_> {
+    /// Brings columns `b0..b1` up to date with everything that was pruned before them.
+    fn feed_back(&mut self, job: &Job, term: &GramQuadratic, b0: usize, b1: usize) -> Result<()> {
+        if b0 == 0 {
+            return Ok(());
+        }
+        let (n, r, target, w) = (self.n, self.r, self.target, b1 - b0);
+        let packed = PackedB::new(&term.kernel, &r[b0..], b0, w, n);
+        job.map_blocks(&mut self.values, ROW_BLOCK * n, |i, values| {
+            let rows = values.len() / n;
+            let target = &target[i * ROW_BLOCK * n..];
+            let mut lost = vec![0.0f32; rows * b0];
+            for row in 0..rows {
+                for j in 0..b0 {
+                    lost[row * b0 + j] = target[row * n + j] - values[row * n + j];
+                }
+            }
+            let mut feedback = vec![0.0f32; rows * w];
+            let left = (&lost[..], rows, b0);
+            gemm(&term.kernel, &mut Scratch::default(), left, &packed, &mut feedback);
+            for row in 0..rows {
+                for j in 0..w {
+                    values[row * n + b0 + j] += feedback[row * w + j] / r[(b0 + j) * n + b0 + j];
+                }
+            }
+            Ok(())
+        })?;
+        Ok(())
+    }
+
+    fn prune_block(&mut self, job: &Job, pattern: Pattern, b0: usize, b1: usize) -> Result<()> {
+        let (n, r, target) = (self.n, self.r, self.target);
+        let shared = match pattern {
+            Pattern::Ratio { sparsity, scope: Scope::Matrix } => {
+                Some(self.block_mask(sparsity, b0, b1))
+            }
+            _ => None,
+        };
+        job.map_blocks(&mut self.values, ROW_BLOCK * n, |i, values| {
+            for (k, row) in values.chunks_exact_mut(n).enumerate() {
+                let at = i * ROW_BLOCK + k;
+                let mask = shared.as_ref().map(|m| &m[at * (b1 - b0)..(at + 1) * (b1 - b0)]);
+                prune_row(row, &target[at * n..(at + 1) * n], r, (b0, b1), pattern, mask);
+            }
+            Ok(())
+        })?;
+        Ok(())
+    }
+
+    /// Which weights of the block go (true), chosen over all rows together.
+    fn block_mask(&self, sparsity: f64, b0: usize, b1: usize) -> Vec<bool> {
+        let rows = self.values.chunks_exact(self.n);
+        let scores: Vec<f32> =
+            rows.flat_map(|row| (b0..b1).map(|j| score(row[j], self.r[j * self.n + j]))).collect();
+        let mut mask = vec![false; scores.len()];
+        for_smallest(&scores, Pattern::zeros(sparsity, scores.len()), |i| mask[i] = true);
+        mask
+    }
+}
+
+fn score(value: f32, r_jj: f32) -> f32 {
+    (value * r_jj).abs()
+}
+
+/// Prunes one block of one row, feeding each loss to the later columns of the block.
+fn prune_row(
+    row: &mut [f32],
+    target: &[f32],
+    r: &[f32],
+    (b0, b1): (usize, usize),
+    pattern: Pattern,
+    shared: Option<&[bool]>,
+) {
+    let n = row.len();
+    let diagonal = |j: usize| r[j * n + j];
+    let mut goes = [false; BLOCK];
+    let mut pending = [0.0f32; BLOCK]; // sum of D_a R_aj over this block's a < j
+    let unit = match pattern {
+        Pattern::KeepOf { of, .. } => of,
+        Pattern::Ratio { .. } => b1 - b0,
+    };
+    if let Some(mask) = shared {
+        goes[..mask.len()].copy_from_slice(mask);
+    }
+    for j in b0..b1 {
+        if shared.is_none() && (j - b0).is_multiple_of(unit) {
+            let now = |c: usize| row[c] + pending[c - b0] / diagonal(c);
+            let mut scores = [0.0f32; BLOCK];
+            (0..unit).for_each(|i| scores[i] = score(now(j + i), diagonal(j + i)));
+            let zeros = match pattern {
+                Pattern::KeepOf { keep, of } => of - keep,
+                Pattern::Ratio { sparsity, .. } => Pattern::zeros(sparsity, unit),
+            };
+            for_smallest(&scores[..unit], zeros, |i| goes[j - b0 + i] = true);
+        }
+        row[j] = if goes[j - b0] { 0.0 } else { row[j] + pending[j - b0] / diagonal(j) };
+        let lost = target[j] - row[j];
+        if lost != 0.0 {
+            let r_row = &r[j * n + j + 1..j * n + b1];
+            let later = &mut pending[j + 1 - b0..b1 - b0];
+            later.iter_mut().zip(r_row).for_each(|(p, r)| *p += lost * r);
+        }
+    }
+}

@@ -1,0 +1,118 @@
+//! The sums over calibration tokens that a layer problem needs.
+//!
+//! With `d = x* - x`, the drift of an input between the compressed and the dense model:
+//! ```text
+//! G = sum x* x*^T      P = sum d x*^T      Q = sum d d^T
+//! ```
+//! Written with the drift instead of with `x` itself, the objective has no cancellation:
+//! small errors stay accurate however large the activations are.
+
+use crate::error::{Error, Result};
+use crate::float::first_non_finite;
+use crate::kernels::Kernel;
+use crate::linalg::{GramSum, PackedB};
+use crate::par::Job;
+
+/// Running sums of one group of operators that share their input of `n` channels.
+pub struct Statistics {
+    n: usize,
+    tokens: u64,
+    gram: GramSum,
+    drift: Option<Drift>,
+}
+
+struct Drift {
+    cross: GramSum,
+    gram: GramSum,
+}
+
+impl Statistics {
+    /// Empty sums; `corrected` says that the compressed and the dense inputs differ.
+    pub fn new(n: usize, corrected: bool) -> Statistics {
+        let drift =
+            corrected.then(|| Drift { cross: GramSum::new(n, false), gram: GramSum::new(n, true) });
+        Statistics { n, tokens: 0, gram: GramSum::new(n, true), drift }
+    }
+
+    /// Adds one batch of inputs `x [tokens, n]`; `dense`, of the same shape, are the inputs in
+    /// the dense model and are given exactly when the sums are corrected.
+    pub fn add(
+        &mut self,
+        job: &Job,
+        kernel: &Kernel,
+        x: &[f32],
+        dense: Option<&[f32]>,
+    ) -> Result<()> {
+        let tokens = self.check(x, dense)?;
+        let packed = PackedB::new(kernel, x, tokens, self.n, self.n);
+        self.gram.add(job, kernel, x, &packed)?;
+        if let (Some(drift), Some(dense)) = (&mut self.drift, dense) {
+            let d: Vec<f32> = x.iter().zip(dense).map(|(a, b)| a - b).collect();
+            drift.cross.add(job, kernel, &d, &packed)?;
+            drop(packed);
+            let packed = PackedB::new(kernel, &d, tokens, self.n, self.n);
+            drift.gram.add(job, kernel, &d, &packed)?;
+        }
+        self.tokens += tokens as u64;
+        Ok(())
+    }
+
+    fn check(&self, x: &[f32], dense: Option<&[f32]>) -> Result<usize> {
+        if !x.len().is_multiple_of(self.n) || dense.is_some_and(|d| d.len() != x.len()) {
+            return Err(Error::Shape {
+                what: "activations".into(),
+                expected: format!("tokens x {} twice", self.n),
+                found: format!("{} and {:?} values", x.len(), dense.map(<[f32]>::len)),
+            });
+        }
+        if dense.is_some() != self.drift.is_some() {
+            return Err(Error::Option("dense inputs go with corrected statistics only".into()));
+        }
+        for (what, values) in [("activations", Some(x)), ("dense activations", dense)] {
+            if let Some(index) = values.and_then(first_non_finite) {
+                return Err(Error::NonFinite { what: what.into(), index });
+            }
+        }
+        Ok(x.len() / self.n)
+    }
+
+    /// Input channels.
+    pub fn width(&self) -> usize {
+        self.n
+    }
+
+    /// Tokens added so far.
+    pub fn tokens(&self) -> u64 {
+        self.tokens
+    }
+
+    /// Whether the dense inputs are kept apart.
+    pub fn corrected(&self) -> bool {
+        self.drift.is_some()
+    }
+
+    /// Channels that never carried a value.
+    pub fn dead_channels(&self) -> usize {
+        self.gram.diagonal().iter().filter(|g| **g == 0.0).count()
+    }
+
+    /// `diag(G)`.
+    pub fn diagonal(&self) -> Vec<f64> {
+        self.gram.diagonal()
+    }
+
+    /// `G [n, n]`.
+    pub fn gram(&self) -> Vec<f64> {
+        self.gram.value()
+    }
+
+    /// `P [n, n]`, if corrected.
+    pub fn cross(&self) -> Option<Vec<f64>> {
+        self.drift.as_ref().map(|d| d.cross.value())
+    }
+
+    /// `Q [n, n]`, if corrected.
+    pub fn drift(&self) -> Option<Vec<f64>> {
+        self.drift.as_ref().map(|d| d.gram.value())
+    }
+}

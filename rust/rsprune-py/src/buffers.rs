@@ -1,0 +1,83 @@
+//! NumPy arrays in, NumPy arrays out. Arrays must be C-contiguous: a copy is never made silently.
+
+use numpy::{PyArray2, PyArrayMethods, PyReadonlyArray2, PyUntypedArrayMethods};
+use pyo3::exceptions::{PyTypeError, PyValueError};
+use pyo3::prelude::*;
+use rsprune_core::float::Float;
+
+/// Weights as they are stored: f32, or the bits of a half type.
+pub enum Stored<'py> {
+    Single(PyReadonlyArray2<'py, f32>),
+    Half(PyReadonlyArray2<'py, u16>, Float),
+}
+
+impl<'py> Stored<'py> {
+    /// `array [m, n]`: float32 for dtype "F32", uint16 bit patterns for "BF16" and "F16".
+    pub fn extract(array: &Bound<'py, PyAny>, dtype: &str) -> PyResult<Stored<'py>> {
+        let float = Float::parse(dtype).map_err(crate::errors::to_py)?;
+        let wrong = |_| {
+            let kind = if float == Float::F32 { "float32" } else { "uint16 (bit patterns)" };
+            PyTypeError::new_err(format!("weight: {dtype} needs a 2-D C-contiguous {kind} array"))
+        };
+        match float {
+            Float::F32 => Ok(Stored::Single(array.extract().map_err(wrong)?)),
+            _ => Ok(Stored::Half(array.extract().map_err(wrong)?, float)),
+        }
+    }
+
+    pub fn float(&self) -> Float {
+        match self {
+            Stored::Single(_) => Float::F32,
+            Stored::Half(_, float) => *float,
+        }
+    }
+
+    pub fn shape(&self) -> (usize, usize) {
+        let shape = match self {
+            Stored::Single(a) => a.shape(),
+            Stored::Half(a, _) => a.shape(),
+        };
+        (shape[0], shape[1])
+    }
+
+    /// The values in f32.
+    pub fn widen(&self) -> PyResult<Vec<f32>> {
+        Ok(match self {
+            Stored::Single(a) => contiguous(a.as_slice())?.to_vec(),
+            Stored::Half(a, float) => {
+                contiguous(a.as_slice())?.iter().map(|b| float.from_bits(*b)).collect()
+            }
+        })
+    }
+}
+
+/// `values [m, n]`, already rounded to `float`, as an array of the stored kind.
+pub fn store<'py>(
+    py: Python<'py>,
+    values: Vec<f32>,
+    (rows, cols): (usize, usize),
+    float: Float,
+) -> PyResult<Bound<'py, PyAny>> {
+    match float {
+        Float::F32 => Ok(matrix(py, values, rows, cols)?.into_any()),
+        _ => {
+            let bits = values.iter().map(|v| float.to_bits(*v)).collect::<Vec<u16>>();
+            Ok(matrix(py, bits, rows, cols)?.into_any())
+        }
+    }
+}
+
+/// A 2-D array that owns `values`.
+pub fn matrix<T: numpy::Element>(
+    py: Python<'_>,
+    values: Vec<T>,
+    rows: usize,
+    cols: usize,
+) -> PyResult<Bound<'_, PyArray2<T>>> {
+    numpy::PyArray1::from_vec(py, values).reshape([rows, cols])
+}
+
+/// The slice of a C-contiguous array.
+pub fn contiguous<T, E>(slice: Result<T, E>) -> PyResult<T> {
+    slice.map_err(|_| PyValueError::new_err("array: expected C-contiguous memory"))
+}

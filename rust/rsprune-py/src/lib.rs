@@ -1,0 +1,18 @@
+//! `rsprune._core`: exports only. Each module translates, detaches, calls the core, translates back.
+
+mod buffers;
+mod enter;
+mod errors;
+mod shard;
+mod solve;
+
+use pyo3::prelude::*;
+
+#[pymodule]
+fn _core(m: &Bound<'_, PyModule>) -> PyResult<()> {
+    m.add("__version__", env!("CARGO_PKG_VERSION"))?;
+    m.add_function(wrap_pyfunction!(enter::default_threads, m)?)?;
+    m.add_function(wrap_pyfunction!(enter::kernel_name, m)?)?;
+    solve::register(m)?;
+    shard::register(m)
+}

@@ -1,0 +1,253 @@
+//! Statistics and methods.
+
+use crate::buffers::{Stored, contiguous, matrix, store};
+use crate::enter::run;
+use crate::errors::to_py;
+use numpy::{PyArray1, PyArray2, PyReadonlyArray2, PyUntypedArrayMethods};
+use pyo3::exceptions::PyValueError;
+use pyo3::prelude::*;
+use pyo3::types::PyDict;
+use rsprune_core::Result;
+use rsprune_core::kernels::Kernel;
+use rsprune_core::par::Job;
+use rsprune_core::pattern::{Pattern as CorePattern, Scope};
+use rsprune_core::solve::{self, Certificate, FistaOptions, Solution, Task, WarmStart};
+use std::sync::RwLock;
+
+/// A sparsity pattern: "2:4" or "50%" with scope "row" or "matrix".
+#[pyclass(frozen, module = "rsprune._core")]
+struct Pattern(CorePattern);
+
+#[pymethods]
+impl Pattern {
+    #[new]
+    #[pyo3(signature = (text, scope = "row"))]
+    fn new(text: &str, scope: &str) -> PyResult<Pattern> {
+        let scope = match scope {
+            "row" => Scope::Row,
+            "matrix" => Scope::Matrix,
+            _ => {
+                let message = format!("scope {scope:?}: expected \"row\" or \"matrix\"");
+                return Err(PyValueError::new_err(message));
+            }
+        };
+        CorePattern::parse(text, scope).map(Pattern).map_err(to_py)
+    }
+
+    /// Raises ValueError where a row of `columns` cannot be cut in whole groups.
+    fn check(&self, name: &str, columns: usize) -> PyResult<()> {
+        self.0.check(name, columns).map_err(to_py)
+    }
+
+    /// Whether `weight [m, n]` has at least the zeros of the pattern, everywhere.
+    fn holds(&self, py: Python<'_>, weight: &Bound<'_, PyAny>, dtype: &str) -> PyResult<bool> {
+        let stored = Stored::extract(weight, dtype)?;
+        let (values, cols) = (stored.widen()?, stored.shape().1);
+        crate::enter::detach(py, || Ok(self.0.holds(&values, cols.max(1))))
+    }
+
+    /// The fraction of zeros that the pattern asks for.
+    #[getter]
+    fn sparsity(&self) -> f64 {
+        match self.0 {
+            CorePattern::KeepOf { keep, of } => 1.0 - keep as f64 / of as f64,
+            CorePattern::Ratio { sparsity, .. } => sparsity,
+        }
+    }
+
+    fn __str__(&self) -> String {
+        self.0.to_string()
+    }
+}
+
+/// Sums over the tokens of one shared input of `width` channels; see the core's `Statistics`.
+#[pyclass(frozen, module = "rsprune._core")]
+struct Statistics {
+    inner: RwLock<solve::Statistics>,
+}
+
+impl Statistics {
+    fn read<T>(&self, f: impl FnOnce(&solve::Statistics) -> T) -> T {
+        f(&self.inner.read().unwrap_or_else(|e| e.into_inner()))
+    }
+}
+
+type Square<'py> = Bound<'py, PyArray2<f64>>;
+
+#[pymethods]
+impl Statistics {
+    #[new]
+    #[pyo3(signature = (width, *, corrected = false))]
+    fn new(width: usize, corrected: bool) -> Statistics {
+        Statistics { inner: RwLock::new(solve::Statistics::new(width, corrected)) }
+    }
+
+    /// Adds inputs `x [tokens, width]` and, if corrected, the `dense` model's for the same tokens.
+    #[pyo3(signature = (x, dense = None, *, threads = None))]
+    fn add(
+        &self,
+        py: Python<'_>,
+        x: PyReadonlyArray2<'_, f32>,
+        dense: Option<PyReadonlyArray2<'_, f32>>,
+        threads: Option<usize>,
+    ) -> PyResult<()> {
+        let width = self.read(solve::Statistics::width);
+        if x.shape()[1] != width {
+            let message = format!("x: expected {width} columns, found {}", x.shape()[1]);
+            return Err(PyValueError::new_err(message));
+        }
+        let x = contiguous(x.as_slice())?;
+        let dense = dense.as_ref().map(|d| contiguous(d.as_slice())).transpose()?;
+        run(py, threads, |job| {
+            let mut inner = self.inner.write().unwrap_or_else(|e| e.into_inner());
+            inner.add(job, &Kernel::select()?, x, dense)
+        })
+    }
+
+    #[getter]
+    fn width(&self) -> usize {
+        self.read(solve::Statistics::width)
+    }
+
+    #[getter]
+    fn tokens(&self) -> u64 {
+        self.read(solve::Statistics::tokens)
+    }
+
+    #[getter]
+    fn dead_channels(&self) -> usize {
+        self.read(solve::Statistics::dead_channels)
+    }
+
+    /// `diag(G) [width]`.
+    fn diagonal<'py>(&self, py: Python<'py>) -> Bound<'py, PyArray1<f64>> {
+        PyArray1::from_vec(py, self.read(solve::Statistics::diagonal))
+    }
+
+    /// `G = sum x* x*^T [width, width]`.
+    fn gram<'py>(&self, py: Python<'py>) -> PyResult<Square<'py>> {
+        matrix(py, self.read(solve::Statistics::gram), self.width(), self.width())
+    }
+
+    /// `P = sum (x* - x) x*^T [width, width]`, None unless corrected.
+    fn cross<'py>(&self, py: Python<'py>) -> PyResult<Option<Square<'py>>> {
+        let values = self.read(solve::Statistics::cross);
+        values.map(|v| matrix(py, v, self.width(), self.width())).transpose()
+    }
+
+    /// `Q = sum (x* - x)(x* - x)^T [width, width]`, None unless corrected.
+    fn drift<'py>(&self, py: Python<'py>) -> PyResult<Option<Square<'py>>> {
+        let values = self.read(solve::Statistics::drift);
+        values.map(|v| matrix(py, v, self.width(), self.width())).transpose()
+    }
+}
+
+type Pruned<'py> = (Bound<'py, PyAny>, Bound<'py, PyDict>);
+
+/// One operator as the methods take it: everything but the method's own options.
+#[derive(FromPyObject)]
+struct Operator<'py> {
+    weight: Bound<'py, PyAny>,
+    dtype: String,
+    pattern: Py<Pattern>,
+    calibration: Py<Statistics>,
+    heldout: Option<Py<Statistics>>,
+}
+
+fn solve_with<'py>(
+    py: Python<'py>,
+    operator: &Operator<'py>,
+    threads: Option<usize>,
+    method: impl FnOnce(&Job, &Task) -> Result<Solution> + Send,
+) -> PyResult<Pruned<'py>> {
+    let stored = Stored::extract(&operator.weight, &operator.dtype)?;
+    let (weight, float, shape) = (stored.widen()?, stored.float(), stored.shape());
+    let pattern = operator.pattern.get().0;
+    let (calibration, heldout) = (operator.calibration.get(), operator.heldout.as_ref());
+    let heldout = heldout.map(|h| h.get());
+    pattern.check("weight", shape.1).map_err(to_py)?;
+    let solution = run(py, threads, |job| {
+        let calibration = calibration.inner.read().unwrap_or_else(|e| e.into_inner());
+        let heldout = heldout.map(|h| h.inner.read().unwrap_or_else(|e| e.into_inner()));
+        let heldout = heldout.as_deref();
+        method(job, &Task { weight: &weight, float, pattern, calibration: &calibration, heldout })
+    })?;
+    let certificate = certificate_dict(py, &solution.certificate)?;
+    Ok((store(py, solution.values, shape, float)?, certificate))
+}
+
+fn certificate_dict<'py>(py: Python<'py>, c: &Certificate) -> PyResult<Bound<'py, PyDict>> {
+    let dict = PyDict::new(py);
+    dict.set_item("error", c.error)?;
+    dict.set_item("heldout_error", c.heldout)?;
+    dict.set_item("sparsity", c.sparsity)?;
+    dict.set_item("tokens", c.tokens)?;
+    dict.set_item("dead_channels", c.dead_channels)?;
+    dict.set_item("lambda", c.lambda)?;
+    dict.set_item("rounds", c.rounds)?;
+    dict.set_item("iterations", c.iterations)?;
+    dict.set_item("converged", c.converged)?;
+    Ok(dict)
+}
+
+/// Keeps the largest |w|.
+#[pyfunction]
+#[pyo3(signature = (operator, *, threads = None))]
+fn magnitude<'py>(py: Python<'py>, operator: Operator<'py>, threads: Option<usize>) -> PyResult<Pruned<'py>> {
+    solve_with(py, &operator, threads, solve::magnitude)
+}
+
+/// Keeps the largest |w| sqrt(G_jj).
+#[pyfunction]
+#[pyo3(signature = (operator, *, threads = None))]
+fn wanda<'py>(py: Python<'py>, operator: Operator<'py>, threads: Option<usize>) -> PyResult<Pruned<'py>> {
+    solve_with(py, &operator, threads, solve::wanda)
+}
+
+/// Column by column with error feedback.
+#[pyfunction]
+#[pyo3(signature = (operator, *, damping, threads = None))]
+fn sparsegpt<'py>(
+    py: Python<'py>,
+    operator: Operator<'py>,
+    damping: f64,
+    threads: Option<usize>,
+) -> PyResult<Pruned<'py>> {
+    solve_with(py, &operator, threads, |job, task| solve::sparsegpt(job, task, damping))
+}
+
+/// l1 relaxation by FISTA, rounded, lambda adapted.
+#[pyfunction]
+#[pyo3(signature = (operator, *, warm_start, iterations, xi, patience, damping, threads = None))]
+#[allow(clippy::too_many_arguments)] // the method's published constants, by keyword
+fn fista<'py>(
+    py: Python<'py>,
+    operator: Operator<'py>,
+    warm_start: &str,
+    iterations: usize,
+    xi: f64,
+    patience: usize,
+    damping: f64,
+    threads: Option<usize>,
+) -> PyResult<Pruned<'py>> {
+    let warm_start = match warm_start {
+        "wanda" => WarmStart::Wanda,
+        "sparsegpt" => WarmStart::SparseGpt,
+        other => {
+            let message = format!("warm_start {other:?}: expected \"wanda\" or \"sparsegpt\"");
+            return Err(PyValueError::new_err(message));
+        }
+    };
+    let options =
+        FistaOptions { iterations, xi, patience, damping, warm_start, ..FistaOptions::default() };
+    solve_with(py, &operator, threads, |job, task| solve::fista(job, task, &options))
+}
+
+pub fn register(m: &Bound<'_, PyModule>) -> PyResult<()> {
+    m.add_class::<Pattern>()?;
+    m.add_class::<Statistics>()?;
+    m.add_function(wrap_pyfunction!(magnitude, m)?)?;
+    m.add_function(wrap_pyfunction!(wanda, m)?)?;
+    m.add_function(wrap_pyfunction!(sparsegpt, m)?)?;
+    m.add_function(wrap_pyfunction!(fista, m)?)
+}
