@@ -1,15 +1,18 @@
 """Token windows: reading documents, packing them, and every refusal by its words."""
 
+import ast
 import builtins
 import gzip
 import hashlib
+import itertools
 import json
 import logging
-import subprocess
 import sys
 import types
+from pathlib import Path
 
 import pytest
+import rsprune.data
 import torch
 from rsprune.data import (
     Corpus,
@@ -56,11 +59,13 @@ def test_default_is_the_python_manual_with_its_note():
     assert corpus.documents == load_texts(None).documents
 
 
-def test_importing_data_does_not_import_torch():
-    code = "import sys, rsprune.data as d; assert 'rsprune.data' in sys.modules; d.load_texts(None)"
-    # The package's own __init__ is measured elsewhere; here only what data.py pulls in.
-    names = "[n for n in vars(d) if n in ('torch', 'transformers', 'datasets')]"
-    subprocess.run([sys.executable, "-c", f"{code}; assert not {names}"], check=True)
+def test_importing_data_needs_no_heavy_package():
+    body = ast.parse(Path(rsprune.data.__file__).read_text()).body
+    found = {node.module for node in body if isinstance(node, ast.ImportFrom)}
+    found |= {name.name for node in body if isinstance(node, ast.Import) for name in node.names}
+    assert "json" in found
+    outside = {name for name in found if name.split(".")[0] not in sys.stdlib_module_names}
+    assert outside == {"rsprune.errors"}
 
 
 @pytest.mark.parametrize("name", ["a.txt", "a.raw", "a.md"])
@@ -218,7 +223,7 @@ def test_windows_follow_the_seed_and_nothing_else():
     assert not torch.equal(first, other)
     # golden: the order of documents must not change with NumPy's or our releases
     digest = hashlib.sha256(first.numpy().astype("<i8").tobytes()).hexdigest()
-    assert digest[:16] == "GOLDEN"
+    assert digest[:16] == "2e525a30cc2a0436"
 
 
 def test_eos_is_not_doubled():
@@ -226,7 +231,7 @@ def test_eos_is_not_doubled():
     windows = calibration_windows(documents(), tokenizer, samples=3, seq_len=12, seed=0)
     flat = windows.flatten().tolist()
     assert flat.count(2) == 6
-    assert all(pair != (2, 2) for pair in zip(flat, flat[1:], strict=False))
+    assert all(pair != (2, 2) for pair in itertools.pairwise(flat))
 
 
 def test_documents_after_the_last_window_are_not_tokenised():

@@ -114,9 +114,11 @@ class OutputFolder:
         self.out = out
         self.folder = out.with_name(out.name + ".partial")
         self._files: dict[str, str] = {}
-        self._total = 0
+        self.total_bytes = 0
         shutil.rmtree(self.folder, ignore_errors=True)
         self.folder.mkdir(parents=True)
+        self.scratch = self.folder / ".scratch"
+        self.scratch.mkdir()
 
     def put_shard(
         self, file: str, source: Checkpoint, names: list[str], changed: dict[str, NDArray[Any]]
@@ -134,7 +136,7 @@ class OutputFolder:
             data = source.read(info.name) if new is None else new.reshape(-1).view(np.uint8)
             writer.put(info.name, data)
             self._files[info.name] = file
-            self._total += info.nbytes
+            self.total_bytes += info.nbytes
         writer.finish()
         path = self.folder / file
         return {"file": file, "bytes": path.stat().st_size, "sha256": sha256(path)}
@@ -158,12 +160,13 @@ class OutputFolder:
 
     def write_index(self, parameters: int) -> None:
         """Writes the index: from now on the folder can be loaded."""
-        metadata = {"total_size": self._total, "total_parameters": parameters}
+        metadata = {"total_size": self.total_bytes, "total_parameters": parameters}
         index = {"metadata": metadata, "weight_map": dict(sorted(self._files.items()))}
         self.write_text("model.safetensors.index.json", json.dumps(index, indent=2) + "\n")
 
     def commit(self) -> None:
         """Gives the folder its name; an older output of that name goes only now."""
+        shutil.rmtree(self.scratch)
         old = self.out.with_name(self.out.name + ".old")
         if self.out.exists():
             os.rename(self.out, old)

@@ -167,15 +167,13 @@ def _from_records(source: str, records: Iterator[Record], field: str | None) -> 
 def _guess_fields(where: str, record: Mapping[str, object]) -> tuple[str, ...]:
     """The two halves, else a usual name, else the field with the longest string."""
     strings = {name: value for name, value in record.items() if isinstance(value, str)}
-    if all(half in strings for half in HALVES):
-        return HALVES
-    for name in PREFERRED_FIELDS:
-        if name in strings:
-            return (name,)
     if not strings:
         found = ", ".join(record)
         raise UsageError(f"{where}: expected a field whose value is a string, found: {found}")
-    return (max(strings, key=lambda name: len(strings[name])),)
+    if all(half in strings for half in HALVES):
+        return HALVES
+    usual = [name for name in PREFERRED_FIELDS if name in strings]
+    return (usual[0] if usual else max(strings, key=lambda name: len(strings[name])),)
 
 
 def _text_of(where: str, record: Mapping[str, object], field: str) -> str:

@@ -81,7 +81,7 @@ def convert(
     if out_dir.is_dir() and any(out_dir.iterdir()):
         raise UsageError(f"{out_dir}: expected a new or empty folder for the converted model")
     out_dir.mkdir(parents=True, exist_ok=True)
-    model = _empty_model(gguf_path, dtype)
+    model = _empty_model(gguf_path, reader.tensors, dtype)
     names = _names(reader, model)
     parts = _plan(reader.tensors, names)
     progress(f"converting {gguf_path.name}: {len(parts)} tensors to {dtype}")
@@ -106,7 +106,7 @@ def _open(gguf_path: Path) -> Any:
         raise RspruneError(f"{gguf_path}: not a whole GGUF file: {error}") from error
 
 
-def _empty_model(gguf_path: Path, dtype: str) -> Any:
+def _empty_model(gguf_path: Path, tensors: list[Any], dtype: str) -> Any:
     """The model that the file describes, on torch's `meta` device: names and shapes, no values."""
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM
@@ -114,6 +114,7 @@ def _empty_model(gguf_path: Path, dtype: str) -> Any:
     try:
         config = AutoConfig.from_pretrained(gguf_path.parent, gguf_file=gguf_path.name)
         config.dtype = getattr(torch, dtype)
+        _set_expert_widths(config, tensors)
         with torch.device("meta"):
             model = AutoModelForCausalLM.from_config(config)
     except (ValueError, KeyError, OSError, NotImplementedError) as error:
@@ -121,6 +122,16 @@ def _empty_model(gguf_path: Path, dtype: str) -> Any:
         raise RspruneError(message) from error
     model.tie_weights()
     return model
+
+
+def _set_expert_widths(config: Any, tensors: list[Any]) -> None:
+    """Take the experts' widths from the tensors: transformers 5.23 leaves its own defaults."""
+    widths = {"ffn_gate_exps": "moe_intermediate_size"}
+    widths["ffn_gate_shexp"] = "shared_expert_intermediate_size"
+    for tensor in tensors:
+        name = widths.get(tensor.name.removesuffix(".weight").rpartition(".")[2], "")
+        if hasattr(config, name):
+            setattr(config, name, int(tensor.shape[1]))
 
 
 def _names(reader: Any, model: Any) -> _Names:
@@ -196,9 +207,12 @@ def _write_weights(parts: list[_Part], names: _Names, path: Path, dtype: str) ->
 
     header = [(part.name, STORED_DTYPES[dtype], part.shape) for part in parts]
     writer = _core.ShardWriter(str(path), header, {"format": "pt"})
-    for part in parts:
-        writer.put(part.name, _stored_bytes(_values(part, names.processor), part.name, dtype))
-    writer.finish()
+    try:
+        for part in parts:
+            writer.put(part.name, _stored_bytes(_values(part, names.processor), part.name, dtype))
+        writer.finish()
+    finally:
+        writer.abort()  # nothing after finish
 
 
 def _values(part: _Part, processor: Any) -> npt.NDArray[np.float32]:
@@ -223,14 +237,15 @@ def _values(part: _Part, processor: Any) -> npt.NDArray[np.float32]:
     if values.shape != part.shape:
         message = f"{part.name}: expected shape {list(part.shape)}, found {list(values.shape)}"
         raise RspruneError(f"{message} in GGUF tensor {source.name}")
-    return np.ascontiguousarray(values, dtype=np.float32)
+    # a copy only of float32 tensors, which are still the read-only file
+    return np.require(values, np.float32, ["C", "W"])
 
 
 def _stored_bytes(values: npt.NDArray[np.float32], name: str, dtype: str) -> npt.NDArray[np.uint8]:
     """float32 -> little-endian bytes of `dtype`, uint8 `[size]`, rounded to nearest even."""
     import torch
 
-    stored = torch.tensor(values).to(getattr(torch, dtype))
+    stored = torch.from_numpy(values).to(getattr(torch, dtype))
     if not bool(torch.isfinite(stored).all()):
         raise RspruneError(f"{name}: expected finite values in {dtype}, found infinity or NaN")
     flat: npt.NDArray[np.uint8] = stored.reshape(-1).view(torch.uint8).numpy()

@@ -5,8 +5,10 @@ from __future__ import annotations
 import json as json_module
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import IO, TYPE_CHECKING, Any, Protocol
+
+from rsprune.memory import rss_anon
 
 if TYPE_CHECKING:
     from rich.progress import Progress as RichProgress
@@ -66,18 +68,6 @@ def make_progress(*, json: bool, quiet: bool) -> Progress:
     return BarProgress() if sys.stderr.isatty() else LineProgress(sys.stderr)
 
 
-def rss_anon() -> int:
-    """Bytes of anonymous memory that this process holds (RssAnon); 0 where the system hides it."""
-    try:
-        with open("/proc/self/status", encoding="ascii", errors="replace") as file:
-            for line in file:
-                if line.startswith("RssAnon:"):
-                    return int(line.split()[1]) * 1024
-    except (OSError, ValueError, IndexError):
-        pass
-    return 0
-
-
 class _Clock:
     """Counts the steps of a stage and guesses from their pace how long the rest takes."""
 
@@ -114,7 +104,7 @@ class LineProgress:
 
     def stage(self, name: str, total: int) -> None:
         """Ends the stage before, begins the next."""
-        self._end()
+        self.close()
         self._clock.start(name, total)
         self._last = self._now()
         self._say(f"{name}: {total} steps")
@@ -126,9 +116,9 @@ class LineProgress:
         if self._now() - self._last < self._every:
             return
         self._last = self._now()
-        parts = [f"{clock.name} {clock.done}/{clock.total}", detail, _error(error)]
-        left = clock.left()
-        parts += [f"{duration(clock.elapsed())} elapsed", f"{duration(left)} left", _memory()]
+        times = f"{duration(clock.elapsed())} elapsed, {duration(clock.left())} left"
+        place = f"{clock.name} {clock.done}/{clock.total}"
+        parts = [place, detail, _error(error), times, _memory()]
         self._say(", ".join(part for part in parts if part))
 
     def note(self, message: str) -> None:
@@ -137,9 +127,6 @@ class LineProgress:
 
     def close(self) -> None:
         """Ends the open stage."""
-        self._end()
-
-    def _end(self) -> None:
         clock = self._clock
         if clock.name:
             self._say(f"{clock.name}: {clock.done} steps in {duration(clock.elapsed())}")
@@ -149,7 +136,7 @@ class LineProgress:
         print(line, file=self._stream, flush=True)
 
 
-class JsonProgress:
+class JsonProgress(NullProgress):
     """One JSON object a line: `event` is stage, step or note; times in seconds, memory in bytes."""
 
     def __init__(self, stream: IO[str], *, now: Callable[[], float] = time.monotonic) -> None:
@@ -176,15 +163,12 @@ class JsonProgress:
         """Writes the message."""
         self._write(event="note", message=message)
 
-    def close(self) -> None:
-        """Nothing is held back."""
-
     def _write(self, **fields: Any) -> None:
         print(json_module.dumps(fields, sort_keys=True), file=self._stream, flush=True)
 
 
 class BarProgress:
-    """A live bar of rich on stderr: stage, tensor, error so far, elapsed, left, memory in use."""
+    """A live bar of rich on stderr, and under it the tensor and the error so far."""
 
     def __init__(self) -> None:
         from rich.console import Console
@@ -192,45 +176,56 @@ class BarProgress:
         self._console = Console(stderr=True)
         self._bar: RichProgress | None = None
         self._task: TaskID | None = None
+        self._detail = ""
 
     def stage(self, name: str, total: int) -> None:
         """Freezes the bar of the stage before and opens one for this stage."""
         self.close()
         self._bar = self._new_bar()
-        self._task = self._bar.add_task(name, total=total, detail="", memory=_memory())
+        self._task = self._bar.add_task(name, total=total, memory=_memory())
         self._bar.start()
 
     def step(self, detail: str = "", error: float | None = None) -> None:
         """Moves the bar."""
         if self._bar is None or self._task is None:
             return
-        shown = " ".join(part for part in (detail, _error(error)) if part)
-        self._bar.update(self._task, advance=1, detail=shown, memory=_memory())
+        self._detail = "  ".join(part for part in (detail, _error(error)) if part)
+        self._bar.update(self._task, advance=1, memory=_memory())
 
     def note(self, message: str) -> None:
         """Prints the message above the bar, where it stays."""
-        console = self._bar.console if self._bar is not None else self._console
-        console.print(f"note: {message}", markup=False, highlight=False)
+        self._console.print(f"note: {message}", markup=False, highlight=False)
 
     def close(self) -> None:
         """Stops the display; the last state of the bar stays on the screen."""
+        self._detail = ""
         if self._bar is not None:
             self._bar.stop()
         self._bar = self._task = None
 
     def _new_bar(self) -> RichProgress:
-        from rich import progress as rich_progress
+        from rich import progress
+        from rich.console import RenderableType
+        from rich.text import Text
 
-        text = rich_progress.TextColumn
-        return rich_progress.Progress(
-            text("{task.description}", markup=False),
-            rich_progress.BarColumn(bar_width=12),
-            rich_progress.MofNCompleteColumn(),
-            rich_progress.TimeElapsedColumn(),
-            text("left"),
-            rich_progress.TimeRemainingColumn(elapsed_when_finished=False),
-            text("{task.fields[memory]}", markup=False),
-            text("{task.fields[detail]}", markup=False),
+        outer = self
+
+        class Bar(progress.Progress):
+            """The detail has a line of its own: beside the bar it does not fit in 80 columns."""
+
+            def get_renderables(self) -> Iterable[RenderableType]:
+                yield from super().get_renderables()
+                if outer._detail:
+                    yield Text(f"  {outer._detail}", no_wrap=True, overflow="ellipsis")
+
+        return Bar(
+            progress.TextColumn("{task.description}", markup=False),
+            progress.BarColumn(bar_width=16),
+            progress.MofNCompleteColumn(),
+            progress.TimeElapsedColumn(),
+            progress.TextColumn("left"),
+            progress.TimeRemainingColumn(),
+            progress.TextColumn("{task.fields[memory]}", markup=False),
             console=self._console,
         )
 
@@ -242,7 +237,9 @@ def duration(seconds: float | None) -> str:
     if seconds < 60:
         return f"{seconds:.1f} s"
     minutes, rest = divmod(round(seconds), 60)
-    return f"{minutes} min {rest:02d} s" if minutes < 60 else f"{minutes // 60} h {minutes % 60:02d} min"
+    if minutes < 60:
+        return f"{minutes} min {rest:02d} s"
+    return f"{minutes // 60} h {minutes % 60:02d} min"
 
 
 def _error(error: float | None) -> str:

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from rsprune.checkpoint import Checkpoint
 from rsprune.errors import UsageError
@@ -148,6 +148,18 @@ class Skeleton:
             if not name.startswith(f"{self.layer_prefix}.") and id(parameter) not in vocabulary
         ]
 
+    @property
+    def channels(self) -> int:
+        """Channels of the hidden states between decoder layers."""
+        return int(self.config.get_text_config().hidden_size)
+
+    def is_tied_copy(self, disk_name: str) -> bool:
+        """Whether an on-disk tensor repeats another one that the model ties it to."""
+        for name, first in self._tied.items():
+            if name == disk_name and self.disk_name(first) not in (None, disk_name):
+                return first < name or first not in self._tied
+        return False
+
     def name_of(self, module: nn.Module) -> str:
         """The name of `module` inside of the model."""
         return next(name for name, found in self.model.named_modules() if found is module)
@@ -168,6 +180,15 @@ class Skeleton:
                 if parameter is not None:
                     empty = nn.Parameter(parameter.to("meta"), requires_grad=False)
                     module._parameters[leaf] = empty
+
+
+def load_tokenizer(folder: Path, trust_remote_code: bool = False) -> Any:
+    """The tokenizer of a checkpoint; raises `UsageError` where it has none."""
+    try:
+        return AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code)
+    except (ValueError, OSError, KeyError, TypeError) as error:
+        first_line = str(error).strip().splitlines()[0]
+        raise UsageError(f"{folder}: no tokenizer could be loaded: {first_line}") from None
 
 
 def missing_tensors(folder: Path) -> list[str]:

@@ -139,7 +139,6 @@ def _downloaded(model: str, progress: Progress) -> Path:
     import huggingface_hub
     from huggingface_hub.errors import (
         GatedRepoError,
-        HFValidationError,
         LocalEntryNotFoundError,
         RepositoryNotFoundError,
     )
@@ -158,7 +157,7 @@ def _downloaded(model: str, progress: Progress) -> Path:
     except LocalEntryNotFoundError as error:
         reason = "no such folder here, not in the hub's cache, and the hub cannot be reached"
         raise UsageError(f"{model}: {reason} (HF_HUB_OFFLINE, network)") from error
-    except (HFValidationError, OSError) as error:
+    except Exception as error:  # its HTTP client changes with releases, and with it the errors
         first_line = str(error).strip().partition("\n")[0]
         raise UsageError(f"{model}: the hub's download failed: {first_line}") from error
     return Path(folder)

@@ -72,6 +72,10 @@ class Stream:
         ]
         return Opening(tuple(structures), tuple(self._kwargs))
 
+    def kwargs(self, layer: int) -> dict[str, Any]:
+        """The keyword arguments of a layer, as last recorded."""
+        return self._kwargs[layer]
+
     def embed(self, windows: Tensor) -> Iterator[Tensor]:
         """Yields the hidden states [1, tokens, channels] float32 that enter the first layer.
 
@@ -156,8 +160,9 @@ class Stream:
 
         def forward(*args: Any, **kwargs: Any) -> Any:
             named = {**dict(zip(names, args, strict=False)), **kwargs}
-            hidden = give(index, named.pop(names[0]))
+            given = named.pop(names[0])
             self._kwargs[index] = named
+            hidden = give(index, given)
             return (hidden,) if self._tuple else hidden
 
         return forward

@@ -1,0 +1,82 @@
+"""Prune large language models on the CPU that you have, one decoder layer at a time.
+
+    import rsprune
+    report = rsprune.compress("SmolLM2-135M", "out", rsprune.Config(pattern="2:4"))
+
+What is listed in `__all__` is the public API; each name is imported when it is first used, so
+that `import rsprune` (and `rsprune --help`) does not wait for torch.
+"""
+
+from __future__ import annotations
+
+import importlib
+import sys
+from types import ModuleType
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from rsprune._core import __version__
+    from rsprune.config import Config
+    from rsprune.errors import RspruneError, UsageError
+    from rsprune.evaluate import perplexity
+    from rsprune.inspect import inspect
+    from rsprune.plan import make_plan
+    from rsprune.report import Report, load_report
+    from rsprune.run import compress
+    from rsprune.verify import verify
+
+__all__ = [
+    "Config",
+    "Report",
+    "RspruneError",
+    "UsageError",
+    "__version__",
+    "compress",
+    "inspect",
+    "load_report",
+    "make_plan",
+    "perplexity",
+    "verify",
+]
+
+_HOMES = {
+    "Config": "config",
+    "Report": "report",
+    "RspruneError": "errors",
+    "UsageError": "errors",
+    "__version__": "_core",
+    "compress": "run",
+    "inspect": "inspect",
+    "load_report": "report",
+    "make_plan": "plan",
+    "perplexity": "evaluate",
+    "verify": "verify",
+}
+
+
+class _Package(ModuleType):
+    """This package. Importing `rsprune.inspect` or `rsprune.verify` would put the submodule where
+    the function of that name belongs; the function is put there instead.
+    """
+
+    def __setattr__(self, name: str, value: object) -> None:
+        if isinstance(value, ModuleType) and _HOMES.get(name) == name:
+            value = getattr(value, name)
+        super().__setattr__(name, value)
+
+
+sys.modules[__name__].__class__ = _Package
+
+
+def __getattr__(name: str) -> Any:
+    """Imports a public name on first use."""
+    if name not in _HOMES:
+        raise AttributeError(f"module 'rsprune' has no attribute {name!r}")
+    value = getattr(importlib.import_module(f"rsprune.{_HOMES[name]}"), name)
+    setattr(sys.modules[__name__], name, value)
+    return value
+
+
+def __dir__() -> list[str]:
+    """The public names, imported or not."""
+    return sorted({*globals(), *__all__})

@@ -1,0 +1,136 @@
+"""The model card (README.md) of an output folder."""
+
+from __future__ import annotations
+
+import re
+from typing import Any
+
+import yaml
+
+from rsprune.report import Report, by_kind
+
+__all__ = ["model_card"]
+
+LICENCE_KEYS = ("license", "license_name", "license_link")
+HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
+
+LOAD = """## How to load it
+
+It is an ordinary checkpoint. rsprune is not needed:
+
+```python
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+model = AutoModelForCausalLM.from_pretrained("<this folder>", dtype="auto")
+tokenizer = AutoTokenizer.from_pretrained("<this folder>")
+```
+
+The weights are stored dense, zeros included: the files are as large as before, and ordinary
+kernels take as long as before. The zeros are there for software that makes use of them.
+"""
+
+
+def model_card(report: Report, *, source_card: str | None, base_model: str) -> str:
+    """README.md with YAML front matter.
+
+    Args:
+        report: of the finished run.
+        source_card: text of the base model's README.md, from which the licence is taken.
+        base_model: hub id or path that the user named.
+    """
+    config = report.run.get("config") or {}
+    front = yaml.safe_dump(_front_matter(config, source_card, base_model), sort_keys=False)
+    parts = [
+        f"---\n{front}---\n",
+        f"# {_title(base_model)}, pruned to {config.get('pattern')}\n",
+        _what_was_done(report, config, base_model),
+        LOAD,
+        _certificate(report),
+        _calibration(report),
+        _recipe(report, config, base_model),
+    ]
+    return "\n".join(parts)
+
+
+def _front_matter(config: dict[str, Any], source_card: str | None, base: str) -> dict[str, Any]:
+    front: dict[str, Any] = {"library_name": "transformers"}
+    if HUB_ID.fullmatch(base):
+        front["base_model"] = base  # the hub refuses a card whose base_model is a local path
+    source = _read_front_matter(source_card or "")
+    front |= {key: source[key] for key in LICENCE_KEYS if key in source}
+    tags = ["pruned", "rsprune", config.get("pattern"), config.get("method")]
+    front["tags"] = [str(tag) for tag in tags if tag]
+    return front
+
+
+def _read_front_matter(card: str) -> dict[str, Any]:
+    """The YAML between the first two `---` lines; empty if there is none or it is broken."""
+    match = re.match(r"\ufeff?---[ \t]*\r?\n(.*?)\r?\n---[ \t]*(\r?\n|$)", card, re.DOTALL)
+    if match is None:
+        return {}
+    try:
+        content = yaml.safe_load(match[1])
+    except yaml.YAMLError:
+        return {}  # the base model's card is not ours to refuse
+    return content if isinstance(content, dict) else {}
+
+
+def _title(base_model: str) -> str:
+    return base_model.rstrip("/").rpartition("/")[2] or base_model
+
+
+def _what_was_done(report: Report, config: dict[str, Any], base_model: str) -> str:
+    run, summary = report.run, report.summary or {}
+    weights, zeros = summary.get("weights") or 0, summary.get("zeros") or 0
+    share = f", {zeros / weights:.1%} of these weights are zero" if weights else ""
+    return (
+        f"`{base_model}` ({run.get('architecture')}, {run.get('layers')} decoder layers), pruned "
+        f"by rsprune {run.get('version')} with the method `{config.get('method')}` to the pattern "
+        f"`{config.get('pattern')}`: {len(report.tensors)} tensors were pruned{share}. Everything "
+        "else is as in the base model. There was no training afterwards.\n"
+    )
+
+
+def _certificate(report: Report) -> str:
+    lines = [
+        "## Certificate",
+        "",
+        "Relative error of each operator's output on the calibration windows and on held-out ones",
+        "that no solver saw: geometric mean over the layers. Each tensor's own line is in",
+        "`rsprune-report.jsonl`; `rsprune verify` checks this folder against it.",
+        "",
+        "| operator | tensors | error | held-out error | zeros |",
+        "|---|---|---|---|---|",
+    ]
+    for row in by_kind(report.tensors):
+        errors = f"{_number(row.error)} | {_number(row.heldout_error)}"
+        lines.append(f"| `{row.kind}` | {row.count} | {errors} | {row.sparsity:.1%} |")
+    return "\n".join([*lines, ""])
+
+
+def _number(value: float | None) -> str:
+    return "-" if value is None else f"{value:.4f}"
+
+
+def _calibration(report: Report) -> str:
+    facts = report.run.get("calibration") or {}
+    source = facts.get("source") or "the offline default"
+    text = (
+        f"## Calibration\n\n{facts.get('samples')} windows of {facts.get('seq_len')} tokens of "
+        f"`{source}`, {facts.get('heldout')} of them held out."
+    )
+    return f"{text} Note: {facts['note']}.\n" if facts.get("note") else f"{text}\n"
+
+
+def _recipe(report: Report, config: dict[str, Any], base_model: str) -> str:
+    versions = report.run.get("versions") or {}
+    named = [f"rsprune {report.run.get('version')}"]
+    named += [f"{name} {version}" for name, version in sorted(versions.items())]
+    named += [f"kernel {report.run.get('kernel')}"]
+    recipe = yaml.safe_dump(config, sort_keys=False)
+    return (
+        "## How to reproduce it\n\n"
+        f"With `recipe.yaml` of this folder ({', '.join(named)}):\n\n"
+        f"```\nrsprune compress {base_model} OUT --recipe recipe.yaml\n```\n\n"
+        f"The recipe:\n\n```yaml\n{recipe}```\n"
+    )

@@ -1,0 +1,228 @@
+"""The commands. What is heavy is imported where it is used: `--help` must not wait for torch.
+
+Exit codes: 0 fine; 1 `verify` found problems, or an internal error; 2 refused (an option, a file,
+a model); 3 kept free for a plan that does not fit in memory; 130 Ctrl-C.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json as json_module
+import os
+import sys
+import traceback
+from collections.abc import Iterator
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, NoReturn
+
+import typer
+
+from rsprune.options import Device, Threads, config_of, takes_options
+
+if TYPE_CHECKING:
+    from rich.console import RenderableType
+
+    from rsprune.config import Config
+    from rsprune.progress import Progress
+
+app = typer.Typer(
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,  # rich's help costs 60 ms more than all the rest of `--help`
+    help="Prune large language models on the CPU that you have, one decoder layer at a time.",
+)
+
+Option, Argument = typer.Option, typer.Argument
+Model = Annotated[str, Argument(help="Folder, hub id or GGUF file.")]
+Folder = Annotated[Path, Argument(help="Folder that `compress` wrote.")]
+Json = Annotated[bool, Option("--json", help="JSON on stdout: one object a line.")]
+Quiet = Annotated[bool, Option("--quiet", help="Print nothing but errors.")]
+All = Annotated[bool, Option("--all", help="One row per tensor instead of one per kind.")]
+
+
+@contextlib.contextmanager
+def _progress(json: bool, quiet: bool) -> Iterator[Progress]:
+    """The display of a run, closed before anything else is printed."""
+    from rsprune.progress import make_progress
+
+    progress = make_progress(json=json, quiet=quiet)
+    try:
+        yield progress
+    finally:
+        progress.close()
+
+
+def _show(renderable: RenderableType) -> None:
+    from rich.console import Console
+
+    Console().print(renderable)
+
+
+def _emit(**fields: Any) -> None:
+    """The result of a command as one line of JSON."""
+    print(json_module.dumps({"event": "result", **fields}, sort_keys=True, default=str))
+
+
+@app.command()
+def demo(
+    *,
+    folder: Annotated[Path, Option(help="Where the demo writes.")] = Path("rsprune-demo"),
+    method: Annotated[str, Option(help="Method to show.")] = "sparsegpt",
+    json: Json = False,
+    quiet: Quiet = False,
+) -> None:
+    """Prune SmolLM2-135M and measure what it cost."""
+    from rsprune.demo import demo as run_demo
+    from rsprune.demo import demo_table
+
+    with _progress(json, quiet) as progress:
+        result = run_demo(folder, method=method, progress=progress)
+    if json:
+        dense, pruned = result.dense.perplexity, result.pruned.perplexity
+        _emit(folder=result.report.folder, dense_perplexity=dense, pruned_perplexity=pruned)
+    elif not quiet:
+        _show(demo_table(result))
+
+
+@app.command()
+@takes_options
+def plan(model: Model, *, json: Json = False, **options: Any) -> None:
+    """Say what `compress` would do and need."""
+    _plan(model, None, config_of(options), json)
+
+
+@app.command()
+@takes_options
+def compress(
+    model: Model,
+    out: Annotated[Path, Argument(help="Folder of the result.")],
+    *,
+    overwrite: Annotated[
+        bool, Option("--overwrite", help="OUT may exist and is replaced.")
+    ] = False,
+    dry_run: Annotated[bool, Option("--dry-run", help="Only plan.")] = False,
+    json: Json = False,
+    quiet: Quiet = False,
+    **options: Any,
+) -> None:
+    """Prune a checkpoint, layer by layer."""
+    config = config_of(options)
+    if dry_run:
+        _plan(model, out, config, json)
+        return
+    from rsprune.run import compress as run_compress
+
+    with _progress(json, quiet) as progress:
+        report = run_compress(model, out, config, overwrite=overwrite, progress=progress)
+    if json:
+        _emit(folder=report.folder, summary=report.summary)
+    elif not quiet:
+        from rsprune.tables import certificate_table, summary_table
+
+        _show(certificate_table(report))
+        _show(summary_table(report))
+
+
+def _plan(model: str, out: Path | None, config: Config, json: bool) -> None:
+    from rsprune.plan import make_plan
+
+    made = make_plan(model, config, out)
+    if json:
+        _emit(plan=asdict(made))
+        return
+    from rsprune.tables import plan_table
+
+    _show(plan_table(made))
+
+
+@app.command(name="eval")
+def evaluate(
+    model: Model,
+    *,
+    text: Annotated[Path, Option(help="Text file: one text, in order.")],
+    seq_len: Annotated[int | None, Option(help="Tokens of a window [2048].")] = None,
+    windows: Annotated[int | None, Option(help="Only the first windows [all].")] = None,
+    device: Device = None,
+    threads: Threads = None,
+    json: Json = False,
+    quiet: Quiet = False,
+) -> None:
+    """Measure perplexity, layer by layer."""
+    from rsprune.evaluate import perplexity
+
+    options = {"seq_len": seq_len, "windows": windows, "device": device, "threads": threads}
+    given: dict[str, Any] = {name: value for name, value in options.items() if value is not None}
+    with _progress(json, quiet) as progress:
+        found = perplexity(model, text, progress=progress, **given)
+    if json:
+        _emit(**asdict(found))
+        return
+    print(
+        f"perplexity {found.perplexity:.4f}  ({found.windows} windows of {found.seq_len} tokens, "
+        f"mean loss {found.loss:.5f}, {found.seconds:.1f} s)"
+    )
+
+
+@app.command(name="inspect")
+def inspect_folder(out: Folder, *, json: Json = False, every: All = False) -> None:
+    """Show what a checkpoint really holds."""
+    from rsprune.inspect import inspect as facts_of
+    from rsprune.inspect import totals
+
+    facts = facts_of(out)
+    total = totals(out, facts)
+    if json:
+        _emit(tensors=[asdict(fact) for fact in facts], totals=asdict(total))
+        return
+    from rsprune.tables import inspect_table
+
+    _show(inspect_table(facts, total, every=every))
+
+
+@app.command()
+def verify(out: Folder, *, json: Json = False) -> None:
+    """Check a folder against its report."""
+    from rsprune.verify import verify as problems_of
+
+    problems = problems_of(out)
+    if json:
+        _emit(ok=not problems, problems=[asdict(problem) for problem in problems])
+    else:
+        for problem in problems:
+            print(f"problem: {problem}")
+        print(f"{out}: {len(problems)} problems" if problems else f"{out}: all is well")
+    if problems:
+        raise typer.Exit(1)
+
+
+def main() -> NoReturn:
+    """Runs the command line and ends the process with its exit code."""
+    try:
+        code = app(sys.argv[1:] or ["--help"], standalone_mode=False)
+    except typer.Abort:
+        code = 130
+    except BrokenPipeError:
+        # The reader of our output has gone: nothing to say, and nobody to say it to.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        code = 1
+    except Exception as error:
+        code = _report_error(error)
+    sys.exit(code if isinstance(code, int) else 0)
+
+
+def _report_error(error: Exception) -> int:
+    """One line on stderr; the exit code."""
+    usage = getattr(error, "format_message", None)  # typer's own: an option or argument is wrong
+    refused = isinstance(error, (ValueError, FileNotFoundError, NotADirectoryError))
+    refused = refused or isinstance(error, (IsADirectoryError, PermissionError))
+    if os.environ.get("RSPRUNE_DEBUG", "") not in ("", "0"):
+        traceback.print_exception(error)
+    if usage is not None:
+        text = usage()
+    elif refused:
+        text = str(error)
+    else:
+        text = f"{type(error).__name__}: {error} (RSPRUNE_DEBUG=1 shows where)"
+    print(f"error: {text}", file=sys.stderr)
+    return 2 if refused or usage is not None else 1

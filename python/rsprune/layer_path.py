@@ -1,0 +1,161 @@
+"""One decoder layer with one set of weights, run over windows.
+
+Hooks catch the inputs of the linears that are next to be solved, and the run ends there. What need
+not run again is replayed: once the input of a child's last linear is known (the attention's output
+projection, say), the child's output is one product away.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from rsprune.blocks import Group, LayerStructure, Replay
+from rsprune.windows import Windows
+
+
+class _StopForwardError(Exception):
+    """Ends a forward when all wanted inputs are caught."""
+
+
+class LayerPath:
+    """Runs a layer on its windows.
+
+    Args:
+        layer: the materialised layer.
+        structure: what `blocks.watch` saw in it.
+        kwargs: the keyword arguments that the model gives to this layer.
+        hidden: the layer's inputs.
+        cache: makes room for inputs that replays need; None where every run must be whole.
+
+    Attributes:
+        passes: linears run so far, weighted by size, in whole layers over all windows.
+    """
+
+    def __init__(
+        self,
+        layer: nn.Module,
+        structure: LayerStructure,
+        kwargs: dict[str, Any],
+        hidden: Windows,
+        cache: Callable[[str, int], Windows] | None,
+    ) -> None:
+        self.layer = layer
+        self.structure = structure
+        self.kwargs = kwargs
+        self.hidden = hidden
+        self.passes = 0.0
+        self._device = next(layer.parameters()).device
+        self._caught: dict[Group, Tensor] = {}
+        self._cache: dict[Replay, Windows] = {}
+        self._known: set[tuple[Replay, int]] = set()
+        for replay in structure.replays:
+            width = _width(structure, replay.linear)
+            if cache is not None and width <= hidden.channels:
+                self._cache[replay] = cache(replay.linear, width)
+        self._count_work()
+
+    def inputs(self, window: int, groups: Sequence[Group]) -> dict[Group, Tensor]:
+        """The inputs [tokens, width] of `groups`; the layer runs no further than needed."""
+        return self._run(window, groups, stop=True)[0]
+
+    def inputs_and_output(
+        self, window: int, groups: Sequence[Group]
+    ) -> tuple[dict[Group, Tensor], Tensor]:
+        """The inputs of `groups` and the layer's output [1, tokens, channels]."""
+        caught, output = self._run(window, groups, stop=False)
+        assert output is not None  # nothing stopped the run
+        return caught, output
+
+    def output(self, window: int) -> Tensor:
+        """The layer's output [1, tokens, channels]."""
+        return self.inputs_and_output(window, ())[1]
+
+    def set_weight(self, linear: str, weight: Tensor) -> None:
+        """Puts a compressed weight in place of the one that the layer holds."""
+        value = weight.to(self._device, torch.float32)
+        module = self.layer.get_submodule(linear)
+        module._parameters["weight"] = nn.Parameter(value, requires_grad=False)
+
+    def _run(
+        self, window: int, groups: Sequence[Group], *, stop: bool
+    ) -> tuple[dict[Group, Tensor], Tensor | None]:
+        output: Tensor | None = None
+        self._caught = {}
+        with contextlib.ExitStack() as stack, torch.no_grad():
+            stack.enter_context(self._replays(window))
+            kept = {replay.linear for replay in self._cache}
+            for group in self.structure.groups:
+                if group in groups or kept & set(group.linears):
+                    wanted = groups if stop else None
+                    stack.callback(self._catch(window, group, wanted).remove)
+            stack.enter_context(contextlib.suppress(_StopForwardError))
+            result = self.layer(self.hidden.get(window, self._device), **self.kwargs)
+            output = result[0] if isinstance(result, tuple) else result
+        return {group: self._caught[group] for group in groups}, output
+
+    def _catch(self, window: int, group: Group, wanted: Sequence[Group] | None) -> Any:
+        """A hook that notes the group's input, and ends the run when all `wanted` are noted."""
+
+        def hook(module: nn.Module, args: tuple[Tensor, ...]) -> None:
+            self._caught[group] = args[0].reshape(-1, group.width)
+            for replay, cache in self._cache.items():
+                if replay.linear in group.linears and (replay, window) not in self._known:
+                    cache.put(window, args[0])
+                    self._known.add((replay, window))
+            if wanted is not None and all(g in self._caught for g in wanted):
+                raise _StopForwardError
+
+        first = self.layer.get_submodule(group.linears[0])
+        return first.register_forward_pre_hook(hook)
+
+    @contextlib.contextmanager
+    def _replays(self, window: int) -> Iterator[None]:
+        """Children whose last linear's input is known give their output without running."""
+        active = [replay for replay in self._cache if (replay, window) in self._known]
+        for replay in active:
+            known = self._cache[replay].get(window, self._device)
+            linear = self.layer.get_submodule(replay.linear)
+            self.layer.get_submodule(replay.child).forward = _replayed(linear, known, replay)
+        try:
+            yield
+        finally:
+            for replay in active:
+                del self.layer.get_submodule(replay.child).forward
+
+    def _count_work(self) -> None:
+        linears = [self.layer.get_submodule(n) for g in self.structure.groups for n in g.linears]
+        total = sum(linear.weight.numel() for linear in linears) * len(self.hidden)
+
+        def count(module: nn.Module, args: Any, output: Any) -> None:
+            self.passes += module.weight.numel() / total
+
+        self._counters = [linear.register_forward_hook(count) for linear in linears]
+
+    def close(self) -> None:
+        """Takes this path's hooks off the layer."""
+        for counter in self._counters:
+            counter.remove()
+
+
+def twin(layer: nn.Module) -> nn.Module:
+    """A second layer that shares all tensors with `layer` until a weight is replaced."""
+    memo = {id(tensor): tensor for tensor in [*layer.parameters(), *layer.buffers()]}
+    return copy.deepcopy(layer, memo)
+
+
+def _replayed(linear: nn.Module, known: Tensor, replay: Replay) -> Callable[..., Any]:
+    def forward(*args: Any, **kwargs: Any) -> Any:
+        output = linear(known)
+        return output if replay.extras is None else (output, *[None] * replay.extras)
+
+    return forward
+
+
+def _width(structure: LayerStructure, linear: str) -> int:
+    return next(group.width for group in structure.groups if linear in group.linears)

@@ -1,0 +1,79 @@
+"""Memory of this process and what the system leaves to it."""
+
+from __future__ import annotations
+
+import threading
+from pathlib import Path
+
+import psutil
+
+
+def rss_anon() -> int:
+    """Anonymous resident bytes of this process (`RssAnon`); all resident bytes elsewhere."""
+    return _status("RssAnon") or int(psutil.Process().memory_info().rss)
+
+
+def rss_file() -> int:
+    """File-backed resident bytes of this process (`RssFile`); 0 where unknown."""
+    return _status("RssFile")
+
+
+def memory_limit() -> int:
+    """90 % of what this process may still come to use, as the machine and its cgroup allow."""
+    free = psutil.virtual_memory().available + rss_anon()
+    limits = [limit for limit in (_cgroup_v2(), _cgroup_v1()) if limit is not None]
+    return int(0.9 * min([free, *limits]))
+
+
+def _status(key: str) -> int:
+    try:
+        lines = Path("/proc/self/status").read_text().splitlines()
+    except OSError:
+        return 0
+    for line in lines:
+        if line.startswith(f"{key}:"):
+            return int(line.split()[1]) * 1024
+    return 0
+
+
+def _cgroup_v2() -> int | None:
+    return _number(Path("/sys/fs/cgroup/memory.max"))
+
+
+def _cgroup_v1() -> int | None:
+    return _number(Path("/sys/fs/cgroup/memory/memory.limit_in_bytes"))
+
+
+def _number(path: Path) -> int | None:
+    try:
+        return int(path.read_text())
+    except (OSError, ValueError):
+        return None  # absent, or "max"
+
+
+class PeakWatch:
+    """Samples `RssAnon` five times a second; `peak` is the highest value seen."""
+
+    def __init__(self) -> None:
+        self.peak = rss_anon()
+        self._stop = threading.Event()
+        self._thread = threading.Thread(target=self._watch, daemon=True)
+
+    def __enter__(self) -> PeakWatch:
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._stop.set()
+        self._thread.join()
+        self.sample()
+
+    def sample(self) -> int:
+        """Takes one sample now and returns it."""
+        now = rss_anon()
+        self.peak = max(self.peak, now)
+        return now
+
+    def _watch(self) -> None:
+        while not self._stop.wait(0.2):
+            self.sample()

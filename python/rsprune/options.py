@@ -1,0 +1,76 @@
+"""The options of a run, said once for all the commands that take them."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+from typer import Option
+
+if TYPE_CHECKING:
+    from rsprune.config import Config
+
+__all__ = ["Device", "Threads", "config_of", "takes_options"]
+
+Device = Annotated[str | None, Option(help="Where the model runs: cpu, cuda or auto.")]
+Threads = Annotated[int | None, Option(help="Worker threads [all that this process may use].")]
+RemoteCode = Annotated[
+    bool | None, Option("--trust-remote-code", help="Run code that lies in the model's folder.")
+]
+Text = str | None
+Number = int | None
+Fraction = float | None
+
+
+def run_options(
+    recipe: Annotated[Path | None, Option(help="File of these options; explicit ones win.")] = None,
+    method: Annotated[Text, Option(help="magnitude, wanda, sparsegpt or fista.")] = None,
+    pattern: Annotated[Text, Option(help="keep:of (2:4, 4:8, ...) or a sparsity (50%).")] = None,
+    scope: Annotated[Text, Option(help="Over what a sparsity counts: row or matrix.")] = None,
+    ignore: Annotated[
+        list[str] | None, Option(help="Glob of tensors that stay dense; repeatable.")
+    ] = None,
+    calibration: Annotated[Text, Option(help="Text, JSON-lines, parquet file; hub:NAME.")] = None,
+    calibration_field: Annotated[Text, Option(help="Field of the records with the text.")] = None,
+    samples: Annotated[Number, Option(help="Calibration windows, held-out ones included.")] = None,
+    seq_len: Annotated[Number, Option(help="Tokens of a window.")] = None,
+    heldout: Annotated[Fraction, Option(help="Share of windows that no solver sees.")] = None,
+    seed: Annotated[Number, Option(help="Seed of the choice of windows.")] = None,
+    propagate: Annotated[Text, Option(help="Layers start from: layer (dense) or model.")] = None,
+    target: Annotated[Text, Option(help="Compare outputs with: dense or own inputs.")] = None,
+    true_sequential: Annotated[
+        bool | None, Option(help="Operators see pruned earlier ones.")
+    ] = None,
+    damping: Annotated[Fraction, Option(help="SparseGPT: relative to the diagonal.")] = None,
+    warm_start: Annotated[Text, Option(help="FISTA: auto, wanda or sparsegpt.")] = None,
+    iterations: Annotated[Number, Option(help="FISTA: iterations a round.")] = None,
+    xi: Annotated[Fraction, Option(help="FISTA: rounding's share that raises lambda.")] = None,
+    patience: Annotated[Number, Option(help="FISTA: rounds without gain until it stops.")] = None,
+    memory: Annotated[Text, Option(help="Bound on memory, such as 4GiB.")] = None,
+    device: Device = None,
+    threads: Threads = None,
+    trust_remote_code: RemoteCode = None,
+) -> None:
+    """The options of a run. Those that are not given have their default in `Config` alone."""
+
+
+def takes_options(command: Callable[..., None]) -> Callable[..., None]:
+    """Replaces `**options` of a command by the parameters of `run_options`, for typer to see."""
+    own = inspect.signature(command, eval_str=True)
+    shared = inspect.signature(run_options, eval_str=True).parameters.values()
+    keyword = [p.replace(kind=p.KEYWORD_ONLY) for p in shared]
+    kept = [p for p in own.parameters.values() if p.kind is not p.VAR_KEYWORD]
+    merged = own.replace(parameters=sorted([*kept, *keyword], key=lambda p: p.kind))
+    command.__signature__ = merged  # type: ignore[attr-defined]
+    return command
+
+
+def config_of(options: dict[str, Any]) -> Config:
+    """Only what was given explicitly: a recipe's values win over defaults, not over options."""
+    from rsprune.config import Config
+
+    recipe: Path | None = options.pop("recipe")
+    given = {name: value for name, value in options.items() if value not in (None, [])}
+    return Config.create(**given) if recipe is None else Config.from_recipe(recipe, **given)

@@ -1,0 +1,262 @@
+"""What a run would do, worked out from headers and shapes before any weight is read.
+
+Everything that can be refused is refused here: pattern, dtype, disk, memory, output.
+"""
+
+from __future__ import annotations
+
+import fnmatch
+from dataclasses import dataclass
+from pathlib import Path
+
+import psutil
+
+from rsprune import _core, methods
+from rsprune.blocks import Group
+from rsprune.checkpoint import FLOATS, Checkpoint, TensorInfo, free_bytes
+from rsprune.config import Config
+from rsprune.errors import UsageError
+from rsprune.memory import memory_limit, rss_anon
+from rsprune.methods.base import Inputs
+from rsprune.skeleton import Skeleton
+from rsprune.stream import Opening, Stream
+
+GRAM_BYTES = 8
+"""Sums are kept in f64."""
+
+
+@dataclass(frozen=True)
+class Operator:
+    """One linear that will be pruned; `name` is that of its weight on disk."""
+
+    name: str
+    layer: int
+    linear: str
+    rows: int
+    columns: int
+    dtype: str
+    group: int
+
+
+@dataclass(frozen=True)
+class Plan:
+    """The walk of a run. Sizes are in bytes."""
+
+    model: Path
+    architecture: str
+    layers: int
+    operators: list[Operator]
+    ignored: list[str]
+    output_bytes: int
+    disk_free: int
+    memory: list[tuple[str, int]]
+    peak_bytes: int
+    memory_limit: int
+    spill: bool
+    passes: str
+    warnings: list[str]
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """A plan with the open objects that it was made from."""
+
+    plan: Plan
+    checkpoint: Checkpoint
+    skeleton: Skeleton
+    stream: Stream
+    opening: Opening
+    inputs: Inputs
+
+
+def make_plan(model: str | Path, config: Config, out: Path | None = None) -> Plan:
+    """Says what `compress` would do, and refuses what it would refuse.
+
+    Args:
+        model: folder, hub id or GGUF file.
+        config: the options.
+        out: where the output would lie, to look at its disk.
+
+    Raises:
+        UsageError: naming the tensor or option, what was expected and what was found.
+    """
+    from rsprune.sources import resolve
+
+    return prepare(resolve(str(model)), config, out).plan
+
+
+def prepare(folder: Path, config: Config, out: Path | None) -> Prepared:
+    """Opens the checkpoint and plans the run; see `make_plan`."""
+    method = methods.get(config.method)
+    inputs = methods.inputs_of(method, config)
+    pattern = parse_pattern(config)
+    checkpoint = Checkpoint.open(folder)
+    skeleton = Skeleton(
+        checkpoint, device=device(config), trust_remote_code=config.trust_remote_code
+    )
+    stream = Stream(skeleton)
+    opening = stream.open(config.seq_len)
+    operators, ignored = _operators(skeleton, opening, config, pattern)
+    memory = _memory(skeleton, opening, inputs, config)
+    limit = config.memory or memory_limit()
+    peak, spill = _fit(memory, limit)
+    plan = Plan(
+        model=folder,
+        architecture=type(skeleton.model).__name__,
+        layers=len(skeleton.layers),
+        operators=operators,
+        ignored=ignored,
+        output_bytes=sum(t.nbytes for t in checkpoint.tensors.values()),
+        disk_free=free_bytes(out or folder),
+        memory=list(memory.items()),
+        peak_bytes=peak,
+        memory_limit=limit,
+        spill=spill,
+        passes=_passes(inputs),
+        warnings=_warnings(operators, config),
+    )
+    _check_disk(plan, out, memory["hidden states"] if spill else 0)
+    return Prepared(plan, checkpoint, skeleton, stream, opening, inputs)
+
+
+def parse_pattern(config: Config) -> _core.Pattern:
+    """The pattern of the configuration, with the method's scope unless the user chose one."""
+    scope = config.scope or methods.get(config.method).scope
+    try:
+        return _core.Pattern(config.pattern, scope)
+    except ValueError as error:
+        raise UsageError(str(error)) from None
+
+
+def device(config: Config) -> str:
+    """Where calibration passes run."""
+    import torch
+
+    available = torch.cuda.is_available()
+    if config.device == "auto":
+        return "cuda" if available else "cpu"
+    if config.device == "cuda" and not available:
+        raise UsageError("option device: cuda was asked for, but torch finds no CUDA device")
+    return config.device
+
+
+def is_ignored(name: str, patterns: tuple[str, ...]) -> bool:
+    """Whether the on-disk tensor `name` matches a glob, with or without `.weight` and prefix."""
+    bare = name.removesuffix(".weight")
+    forms = {name, bare, bare.rpartition(".")[2]}
+    return any(fnmatch.fnmatchcase(form, glob) for form in forms for glob in patterns)
+
+
+def _operators(
+    skeleton: Skeleton, opening: Opening, config: Config, pattern: _core.Pattern
+) -> tuple[list[Operator], list[str]]:
+    operators, ignored = [], []
+    for layer, structure in enumerate(opening.structures):
+        for index, group in enumerate(structure.groups):
+            for linear in group.linears:
+                parameter = skeleton.layer_name(layer, f"{linear}.weight")
+                name = skeleton.disk_name(parameter)
+                assert name is not None  # the skeleton refused missing tensors
+                if is_ignored(name, config.ignore):
+                    ignored.append(name)
+                    continue
+                info = skeleton.checkpoint.tensors[name]
+                shape = tuple(skeleton.model.get_parameter(parameter).shape)
+                _check_tensor(info, shape, pattern)
+                rows, columns = info.shape
+                operators.append(Operator(name, layer, linear, rows, columns, info.dtype, index))
+    if not operators:
+        raise UsageError(f"ignore {list(config.ignore)}: nothing is left to prune")
+    return operators, ignored
+
+
+def _check_tensor(info: TensorInfo, shape: tuple[int, ...], pattern: _core.Pattern) -> None:
+    if info.shape != shape:
+        raise UsageError(
+            f"{info.name}: expected shape {list(shape)} from config.json, found {list(info.shape)}"
+        )
+    if info.dtype not in FLOATS:
+        expected = ", ".join(FLOATS)
+        raise UsageError(f"{info.name}: expected dtype {expected}, found {info.dtype}")
+    try:
+        pattern.check(info.name, info.shape[1])
+    except ValueError as error:
+        raise UsageError(str(error)) from None
+
+
+def _memory(
+    skeleton: Skeleton, opening: Opening, inputs: Inputs, config: Config
+) -> dict[str, int]:
+    """Peak of anonymous memory by part; calibration passes run in float32."""
+    layer = max(sum(p.numel() for p in layer.parameters()) for layer in skeleton.layers)
+    paths = 2 if inputs.true_sequential or inputs.target == "dense" else 1
+    grams = max(_gram_bytes(s.groups, inputs, config) for s in opening.structures)
+    width = max(g.width for s in opening.structures for g in s.groups)
+    widest = max(
+        p.numel() for layer in skeleton.layers for p in layer.parameters() if p.dim() == 2
+    )
+    channels = skeleton.channels
+    window = config.seq_len * channels * 4
+    held = 1 if inputs.propagate == "model" and inputs.target == "own" else 2
+    cached = (2 if inputs.target == "dense" else 1) if inputs.true_sequential else 1
+    return {
+        "python, torch and the model's structure": rss_anon(),
+        "decoder layer (float32)": layer * 4 * paths,
+        "Grams": grams,
+        "solver": widest * 4 * 5 + width * width * 4 * 4,
+        "activations of one window": window * 6 + config.seq_len * width * 4 * 4,
+        "hidden states": config.samples * window * (held + cached),
+    }
+
+
+def _gram_bytes(groups: tuple[Group, ...], inputs: Inputs, config: Config) -> int:
+    kinds = 2 if config.heldout > 0 else 1
+    sums = 3 if inputs.target == "dense" and inputs.true_sequential else 1
+    each = [g.width**2 * GRAM_BYTES * kinds * sums for g in groups]
+    return max(each) if inputs.true_sequential else sum(each)
+
+
+def _fit(memory: dict[str, int], limit: int) -> tuple[int, bool]:
+    """The peak, and whether hidden states must go to a file to stay below `limit`."""
+    total = sum(memory.values())
+    if total <= limit:
+        return total, False
+    spilled = total - memory["hidden states"]
+    if spilled > limit:
+        parts = ", ".join(f"{name} {size / 2**20:.0f} MiB" for name, size in memory.items())
+        raise UsageError(
+            f"memory {limit / 2**20:.0f} MiB: too small for this plan, which needs "
+            f"{spilled / 2**20:.0f} MiB with hidden states in a file ({parts})"
+        )
+    return spilled, True
+
+
+def _check_disk(plan: Plan, out: Path | None, spill: int) -> None:
+    needed = plan.output_bytes + spill
+    if out is not None and needed > plan.disk_free:
+        raise UsageError(
+            f"output {out}: needs {needed} bytes on disk, found {plan.disk_free} bytes free"
+        )
+
+
+def _passes(inputs: Inputs) -> str:
+    """How often a layer is run over all windows; replays make later parts start midway."""
+    if inputs.true_sequential:
+        return "dense 1 whole + 1 partial, own 1 to the attention output + 1 of the MLP"
+    if inputs.propagate == "layer":
+        return "dense 1 whole"
+    return "own 1 to the last input + 1 whole"
+
+
+def _warnings(operators: list[Operator], config: Config) -> list[str]:
+    tokens = round(config.samples * (1 - config.heldout)) * config.seq_len
+    widest = max(operators, key=lambda o: o.columns)
+    warnings = []
+    if tokens < 2 * widest.columns:
+        warnings.append(
+            f"{widest.name}: {tokens} calibration tokens are few for {widest.columns} input "
+            f"channels; use at least {2 * widest.columns}"
+        )
+    if config.memory is not None and config.memory > psutil.virtual_memory().total:
+        warnings.append("memory: the bound is larger than the machine's memory")
+    return warnings

@@ -1,0 +1,292 @@
+"""compress(): the loop to read first.
+
+    plan            headers and shapes only; all refusals happen here
+    embed           token windows -> hidden states that enter the first layer
+    for each decoder layer:
+        load        its weights, float32
+        for each stage (all operators at once, or group after group):
+            collect Grams of the stage's inputs, window after window
+            solve   each operator; the layer now holds what will be stored
+        advance     hidden states to the next layer
+        put         one output shard, one journal line
+    finish          shard of the rest, other files, card, index; one rename
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from numpy.typing import NDArray
+
+from rsprune import _core, methods
+from rsprune.calibrate import GroupStatistics, LayerJob
+from rsprune.card import model_card
+from rsprune.checkpoint import OutputFolder, check_output
+from rsprune.config import Config
+from rsprune.data import Corpus, calibration_windows, load_texts, split_heldout
+from rsprune.errors import RspruneError
+from rsprune.memory import PeakWatch, rss_anon
+from rsprune.plan import Operator, Plan, Prepared, parse_pattern, prepare
+from rsprune.progress import NullProgress, Progress
+from rsprune.report import Journal, Report, load_report
+from rsprune.skeleton import load_tokenizer
+from rsprune.sources import resolve
+from rsprune.timing import Timing
+from rsprune.windows import Split, Windows
+
+
+def compress(
+    model: str | Path,
+    out: str | Path,
+    config: Config | None = None,
+    *,
+    overwrite: bool = False,
+    progress: Progress | None = None,
+) -> Report:
+    """Prunes a checkpoint, one decoder layer in memory at a time.
+
+    Args:
+        model: folder, hub id or GGUF file.
+        out: folder of the result: an ordinary Hugging Face checkpoint.
+        config: the options; see `Config`.
+        overwrite: whether `out` may exist. It is replaced when the run has finished, not before.
+        progress: what is told how far the run is.
+
+    Returns:
+        The report that also lies in `out`.
+
+    Raises:
+        UsageError: refused before any work, naming what was expected and found; nothing is written.
+        RspruneError: the run cannot go on; nothing is left in `out`.
+    """
+    config = config or Config()
+    progress = progress or NullProgress()
+    folder = resolve(str(model), progress=progress.note)
+    check_output(Path(out), folder, overwrite=overwrite)
+    with PeakWatch() as peak:
+        run = _Run(prepare(folder, config, Path(out)), config, progress, peak)
+        run.read_inputs()
+        output = OutputFolder(Path(out))
+        try:
+            run.write_layers(output)
+            run.finish(output, str(model))
+        except BaseException:
+            output.discard()
+            raise
+    return load_report(Path(out))
+
+
+class _Run:
+    """One run; its methods stand in the order in which they are called."""
+
+    def __init__(
+        self, prepared: Prepared, config: Config, progress: Progress, peak: PeakWatch
+    ) -> None:
+        self.prepared = prepared
+        self.plan: Plan = prepared.plan
+        self.config = config
+        self.progress = progress
+        self.peak = peak
+        self.start_rss = rss_anon()
+        self.timing = Timing()
+        self.method = methods.get(config.method)
+        self.pattern = parse_pattern(config)
+        self.threads = config.threads or _core.default_threads()
+        self.passes = 0.0
+        self.zeros = 0
+        self._windows: dict[str, Windows] = {}
+        torch.set_num_threads(self.threads)
+
+    def read_inputs(self) -> None:
+        """Reads what decides whether the run can be done: text, tokenizer, every weight."""
+        for warning in self.plan.warnings:
+            self.progress.note(f"warning: {warning}")
+        with self.timing.stage("read"):
+            self.corpus: Corpus = load_texts(
+                self.config.calibration, field=self.config.calibration_field
+            )
+            if self.corpus.note:
+                self.progress.note(self.corpus.note)
+            windows = calibration_windows(
+                self.corpus,
+                load_tokenizer(self.plan.model, self.config.trust_remote_code),
+                samples=self.config.samples,
+                seq_len=self.config.seq_len,
+                seed=self.config.seed,
+            )
+            calibration, heldout = split_heldout(windows, self.config.heldout)
+            self.windows = torch.cat([calibration, heldout])
+            self.split = Split(len(calibration), len(heldout))
+            self.prepared.checkpoint.check_finite(self.prepared.checkpoint.tensors)
+
+    def write_layers(self, output: OutputFolder) -> None:
+        """Embeds, then takes the decoder layers one after another."""
+        self.journal = Journal(output.folder)
+        self.journal.write("run", **self._run_record())
+        with self.timing.stage("embed"):
+            channels = self.prepared.skeleton.channels
+            dense = self._store(output, "hidden 0", channels)
+            for window, hidden in enumerate(self.prepared.stream.embed(self.windows)):
+                dense.put(window, hidden)
+        own = dense
+        if self.prepared.inputs.propagate == "model" and self.prepared.inputs.target == "dense":
+            own = self._store(output, "own", channels)
+            own.copy_from(dense)
+        self.progress.stage("layers", len(self.plan.operators))
+        for index in range(self.plan.layers):
+            dense, own = self._write_layer(output, index, dense, own)
+
+    def _write_layer(
+        self, output: OutputFolder, index: int, dense: Windows, own: Windows
+    ) -> tuple[Windows, Windows]:
+        """Prunes and stores one decoder layer; returns the next layer's inputs on both paths."""
+        started = time.perf_counter()
+        skeleton = self.prepared.skeleton
+        with self.timing.stage("load"):
+            skeleton.load_layer(index)
+        job = LayerJob(
+            layer=skeleton.layers[index],
+            structure=self.prepared.opening.structures[index],
+            kwargs=self.prepared.stream.kwargs(index),
+            inputs=self.prepared.inputs,
+            split=self.split,
+            threads=self.threads,
+            store=lambda kind, channels: self._store(
+                output, f"hidden {(index + 1) % 2}" if kind == "next" else kind, channels
+            ),
+            where=f"layer {index}",
+            timing=self.timing,
+        )
+        changed: dict[str, NDArray[Any]] = {}
+        for group, statistics in job.groups(dense, own):
+            for linear in group.linears:
+                operator = self._operator(index, linear)
+                if operator is not None:
+                    weight = self._solve(operator, statistics)
+                    changed[operator.name] = weight
+                    job.set_weight(linear, weight, operator.dtype)
+        dense, own = job.advance()
+        self.passes += job.passes
+        skeleton.drop_layer(index)
+        with self.timing.stage("write"):
+            names = [n for n in self.prepared.checkpoint.tensors if skeleton.layer_of(n) == index]
+            record = output.put_shard(self._shard(index + 1), self.prepared.checkpoint, names, changed)
+        elapsed = time.perf_counter() - started
+        self.journal.write(
+            "layer", layer=index, seconds=elapsed, rss_anon=self.peak.sample(), **record
+        )
+        return dense, own
+
+    def _solve(self, operator: Operator, statistics: GroupStatistics) -> NDArray[Any]:
+        """Prunes one operator, journals its certificate, returns the weight as stored."""
+        started = time.perf_counter()
+        with self.timing.stage("solve"):
+            task = methods.Operator(
+                weight=self.prepared.checkpoint.lend(operator.name),
+                dtype=operator.dtype,
+                pattern=self.pattern,
+                calibration=statistics.calibration,
+                heldout=statistics.heldout,
+            )
+            try:
+                weight, certificate = self.method.solve(
+                    task,
+                    self.config,
+                    model_type=self.prepared.skeleton.config.model_type,
+                    threads=self.threads,
+                )
+            except ValueError as error:
+                raise RspruneError(f"{operator.name}: {error}") from None
+        self.zeros += round(certificate["sparsity"] * weight.size)
+        self.journal.write(
+            "tensor",
+            name=operator.name,
+            layer=operator.layer,
+            shape=[operator.rows, operator.columns],
+            dtype=operator.dtype,
+            method=self.method.name,
+            pattern=str(self.pattern),
+            scope=self.config.scope or self.method.scope,
+            seconds=time.perf_counter() - started,
+            **certificate,
+        )
+        place = f"layer {operator.layer + 1}/{self.plan.layers} {operator.linear}"
+        self.progress.step(place, certificate["error"])
+        return weight
+
+    def finish(self, output: OutputFolder, model: str) -> None:
+        """Writes what is not a decoder layer, the card and the index, and names the folder."""
+        checkpoint, skeleton = self.prepared.checkpoint, self.prepared.skeleton
+        with self.timing.stage("write"):
+            rest = [n for n in checkpoint.tensors if skeleton.layer_of(n) is None]
+            rest = [n for n in rest if not skeleton.is_tied_copy(n)]
+            record = output.put_shard(self._shard(0), checkpoint, rest, {})
+            self.journal.write("file", **record)
+            output.copy_other_files(self.plan.model)
+        self.journal.write("summary", **self._summary(output))
+        self.journal.close()
+        report = load_report(output.folder)
+        card = output.folder / "README.md"
+        source_card = card.read_text(encoding="utf-8") if card.exists() else None
+        output.write_text("README.md", model_card(report, source_card=source_card, base_model=model))
+        output.write_text("recipe.yaml", self.config.to_recipe())
+        output.write_index(sum(math.prod(t.shape) for t in checkpoint.tensors.values()))
+        output.commit()
+
+    def _operator(self, layer: int, linear: str) -> Operator | None:
+        """The planned operator; None where it is ignored."""
+        found = (o for o in self.plan.operators if o.layer == layer and o.linear == linear)
+        return next(found, None)
+
+    def _store(self, output: OutputFolder, kind: str, channels: int) -> Windows:
+        """Room for hidden states, made once for every kind and used again layer after layer."""
+        if kind not in self._windows:
+            spill = output.scratch / kind.replace(" ", "-") if self.plan.spill else None
+            shape = (self.split.count, self.config.seq_len, channels)
+            self._windows[kind] = Windows(*shape, spill=spill)
+        return self._windows[kind]
+
+    def _shard(self, number: int) -> str:
+        """File names as the hub counts them, the shard outside of the layers first."""
+        return f"model-{number + 1:05d}-of-{self.plan.layers + 1:05d}.safetensors"
+
+    def _run_record(self) -> dict[str, Any]:
+        return {
+            "version": _core.__version__,
+            "config": self.config.model_dump(mode="json"),
+            "inputs": dataclasses.asdict(self.prepared.inputs),
+            "model": str(self.plan.model.name),
+            "architecture": self.plan.architecture,
+            "layers": self.plan.layers,
+            "operators": len(self.plan.operators),
+            "calibration": {
+                "source": self.corpus.name,
+                "note": self.corpus.note,
+                "samples": self.split.count,
+                "heldout": self.split.heldout,
+                "seq_len": self.config.seq_len,
+                "tokens": self.windows.numel(),
+            },
+            "kernel": _core.kernel_name(),
+            "threads": self.threads,
+            "versions": {"torch": torch.__version__, "transformers": transformers.__version__},
+        }
+
+    def _summary(self, output: OutputFolder) -> dict[str, Any]:
+        self.peak.sample()
+        return {
+            "seconds": {name: round(value, 3) for name, value in self.timing.seconds.items()},
+            "peak_rss_anon": self.peak.peak,
+            "import_rss_anon": self.start_rss,
+            "planned_peak": self.plan.peak_bytes,
+            "passes_per_layer": round(self.passes / self.plan.layers, 3),
+            "bytes_written": output.total_bytes,
+            "weights": sum(o.rows * o.columns for o in self.plan.operators),
+            "zeros": self.zeros,
+        }
