@@ -1,5 +1,6 @@
-"""What is inspected are the bytes: zeros, the strongest pattern that holds, true bits per weight."""
+"""The bytes are inspected: zeros, the strongest pattern that holds, true bits per weight."""
 
+import importlib
 import io
 import json
 import sys
@@ -7,15 +8,14 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from rich.console import Console
-from safetensors.numpy import save_file
-
 import rsprune
+from rich.console import Console
 from rsprune import _core
 from rsprune import inspect as module_or_function
 from rsprune.inspect import GROUPS, TensorFacts, count_zeros, describe, totals
 from rsprune.inspect import inspect as facts_of
 from rsprune.tables import inspect_table
+from safetensors.numpy import save_file
 
 
 def dense(rows: int, columns: int, seed: int = 0) -> np.ndarray:
@@ -116,14 +116,22 @@ def test_shapes_that_are_no_matrix_or_have_no_groups(tmp_path: Path):
     assert facts["ids"].sparsity == 0.25
 
 
-def test_a_pattern_that_holds_by_chance_is_not_the_name():
-    values = unstructured(dense(256, 64), 0.95)
+@pytest.mark.parametrize("sparsity", [0.5, 0.9, 0.95, 0.99])
+def test_a_pattern_that_holds_by_chance_is_not_the_name(sparsity: float):
+    values = unstructured(dense(256, 64), sparsity)
     zeros, kept = count_zeros(values.view(np.uint8).reshape(-1), "F32", values.size, 64)
-    assert kept[16] < 16  # so some keep-of pattern does hold
-    assert describe(0.5, {4: 2, 8: 4, 16: 8}) == "2:4"
-    assert describe(0.7, {4: 2, 8: 4, 16: 8}) == "2:4"
-    assert describe(0.5, {4: 4, 8: 8, 16: 15}) == "50.0%"
-    assert describe(0.005, {4: 4}) == "dense"
+    assert kept[16] < 16 or sparsity < 0.9  # so some keep-of pattern does hold
+    share = zeros / values.size
+    assert describe(share, kept, values.size) == f"{share:.1%}"
+
+
+def test_a_pattern_with_further_zeros_keeps_its_name():
+    values = unstructured(keep_of(dense(256, 64), 2, 4), 0.4)
+    zeros, kept = count_zeros(values.view(np.uint8).reshape(-1), "F32", values.size, 64)
+    assert zeros / values.size == pytest.approx(0.7, abs=0.02)
+    assert describe(zeros / values.size, kept, values.size) == "2:4"
+    assert describe(0.005, {4: 4}, 1024) == "dense"
+    assert describe(0.5, {4: 2, 8: 4, 16: 8}, 16) == "2:4"  # few groups, all exact
 
 
 def test_totals_count_the_files_themselves(tmp_path: Path):
@@ -160,8 +168,8 @@ def test_the_table_fits_in_80_columns(tmp_path: Path):
 
 
 def test_the_package_offers_the_function_even_after_the_module_was_imported():
-    import rsprune.verify
-
+    importlib.import_module("rsprune.inspect")
+    importlib.import_module("rsprune.verify")
     assert module_or_function is facts_of
     assert rsprune.inspect is facts_of
     assert callable(rsprune.verify)

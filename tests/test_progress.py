@@ -5,7 +5,6 @@ import json
 import sys
 
 import pytest
-
 from rsprune import progress as module
 from rsprune.progress import (
     BarProgress,
@@ -39,7 +38,9 @@ def test_lines_are_rare_within_a_stage_but_each_stage_begins_and_ends():
     assert lines[0] == "layers: 100 steps"
     steps = [line for line in lines if line.startswith("layers ")]
     assert len(steps) == 20
-    assert steps[0].startswith("layers 5/100, layer 4, error 0.2500, 5.0 s elapsed, 1 min 35 s left")
+    assert steps[0].startswith(
+        "layers 5/100, layer 4, error 0.2500, 5.0 s elapsed, 1 min 35 s left"
+    )
     assert "layers: 100 steps in 1 min 40 s" in lines
     assert lines[-1].startswith("write: 0 steps in")
 
@@ -107,7 +108,7 @@ def test_memory_in_use_is_plausible():
 
 @pytest.mark.parametrize(
     ("seconds", "text"),
-    [(None, "?"), (4.23, "4.2 s"), (200.0, "3 min 20 s"), (7500.0, "2 h 05 min")],
+    [(None, "?"), (0.048, "48 ms"), (4.23, "4.2 s"), (200.0, "3 min 20 s"), (7500.0, "2 h 05 min")],
 )
 def test_durations(seconds: float | None, text: str):
     assert duration(seconds) == text

@@ -9,10 +9,17 @@ import numpy as np
 import pytest
 import yaml
 from rich.console import Console
-
 from rsprune.card import model_card
 from rsprune.errors import RspruneError
-from rsprune.report import REPORT_NAME, Journal, Report, by_kind, geometric_mean, kind_of, load_report
+from rsprune.report import (
+    REPORT_NAME,
+    Journal,
+    Report,
+    by_kind,
+    geometric_mean,
+    kind_of,
+    load_report,
+)
 from rsprune.tables import certificate_table, size, summary_table
 
 CONFIG = {"method": "sparsegpt", "pattern": "2:4", "seed": 0}

@@ -25,6 +25,7 @@ from rsprune.checkpoint import TORCH_DTYPES
 from rsprune.errors import RspruneError
 from rsprune.layer_path import LayerPath, twin
 from rsprune.methods.base import Inputs
+from rsprune.pool import TensorPool
 from rsprune.timing import Timing
 from rsprune.windows import Split, Windows
 
@@ -53,6 +54,7 @@ class LayerJob:
         kwargs: the keyword arguments that the model gives to it.
         inputs: which inputs the method is run on.
         store: makes room for hidden states: `store(kind, channels)`.
+        pool: lends buffers for pruned weights.
         where: how errors call this layer.
     """
 
@@ -63,6 +65,7 @@ class LayerJob:
     split: Split
     threads: int
     store: Callable[[str, int], Windows]
+    pool: TensorPool
     where: str
     timing: Timing
 
@@ -113,19 +116,22 @@ class LayerJob:
     def _open(self, dense: Windows, own: Windows) -> None:
         needs_dense = self.inputs.propagate == "layer" or self.inputs.target == "dense"
         needs_own = self.inputs.propagate == "model" or self.inputs.true_sequential
-        self._dense = self._path("dense", self.layer, dense) if needs_dense else None
+        self._dense = self._path("dense", self.layer, dense, None) if needs_dense else None
         layer = twin(self.layer) if needs_dense else self.layer
-        self._own = self._path("own", layer, own) if needs_own else None
+        pool = self.pool if needs_dense else None
+        self._own = self._path("own", layer, own, pool) if needs_own else None
         self._same_start = needs_dense and dense is own
         if needs_dense:
             self._next = self.store("next", dense.channels)
 
-    def _path(self, kind: str, layer: nn.Module, hidden: Windows) -> LayerPath:
+    def _path(
+        self, kind: str, layer: nn.Module, hidden: Windows, pool: TensorPool | None
+    ) -> LayerPath:
         def cache(linear: str, width: int) -> Windows:
             return self.store(f"{kind} {linear}", width)
 
         keeps = cache if self.inputs.true_sequential else None
-        return LayerPath(layer, self.structure, self.kwargs, hidden, keeps)
+        return LayerPath(layer, self.structure, self.kwargs, hidden, keeps, pool)
 
     def _collect(self, stage: Sequence[Group], *, first: bool) -> dict[Group, GroupStatistics]:
         alike = self._own is None or (first and self._same_start)

@@ -10,6 +10,7 @@ import hashlib
 import json
 import os
 import shutil
+import warnings
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -80,7 +81,10 @@ class Checkpoint:
         raw = np.frombuffer(self._shards[info.file].map(name), dtype=np.uint8)
         if info.nbytes == 0:
             return torch.empty(info.shape, dtype=TORCH_DTYPES[info.dtype])
-        return torch.from_numpy(raw).view(TORCH_DTYPES[info.dtype]).reshape(info.shape)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", UserWarning)  # "not writable": meant so
+            flat = torch.from_numpy(raw)
+        return flat.view(TORCH_DTYPES[info.dtype]).reshape(info.shape)
 
     def lend(self, name: str) -> NDArray[Any]:
         """A weight as the solvers take it: float32, or the bits of a half type as uint16."""

@@ -65,6 +65,9 @@ class Config(BaseModel):
     patience: int = Field(3, ge=1)
     """FISTA: rounds without a gain after which it stops."""
 
+    lambda_start: float = Field(0.01, gt=0.0)
+    """FISTA: first lambda, in units of the mean squared input times the weights' rms."""
+
     memory: int | None = None
     """Bound on anonymous resident memory in bytes; None is 90 % of what the system has left."""
     device: Literal["cpu", "cuda", "auto"] = "cpu"

@@ -111,13 +111,12 @@ def weight_bytes(folder: Path) -> int:
 def demo_table(result: DemoResult) -> RenderableType:
     """Dense beside pruned, then where everything lies."""
     from rich.console import Group
-    from rich.table import Table
     from rich.text import Text
 
-    from rsprune.tables import certificate_table, size, summary_table
+    from rsprune.tables import certificate_table, new_table, size, summary_table
 
     dense, pruned, folder = result.dense, result.pruned, result.report.folder
-    table = Table("", "perplexity", "weight files", "evaluation", pad_edge=False)
+    table = new_table("model", "perplexity", "weight files", "evaluation")
     for label, measured, count in (
         ("dense", dense, result.dense_bytes),
         ("pruned", pruned, result.pruned_bytes),
@@ -125,12 +124,12 @@ def demo_table(result: DemoResult) -> RenderableType:
         row = f"{measured.perplexity:.2f}", size(count), f"{measured.seconds:.1f} s"
         table.add_row(label, *row)
     protocol = f"{pruned.windows} windows of {pruned.seq_len} tokens. {CAVEAT}"
-    load = f"AutoModelForCausalLM.from_pretrained({str(folder)!r}, dtype='auto')"
     lines = [
-        f"\n{protocol}\n",
+        f"{protocol}\n",
         f"report:  {folder / 'rsprune-report.jsonl'}",
         f"check:   rsprune verify {folder}",
-        f"load:    {load}   # transformers alone; rsprune is not needed",
+        "load:    with transformers alone, rsprune is not needed:",
+        f"  AutoModelForCausalLM.from_pretrained({str(folder)!r}, dtype='auto')",
     ]
     parts = [certificate_table(result.report), summary_table(result.report), table]
     return Group(*parts, Text("\n".join(lines)))

@@ -23,6 +23,7 @@ from rsprune import _core
 from rsprune.checkpoint import Checkpoint
 from rsprune.data import evaluation_windows, load_texts
 from rsprune.errors import RspruneError, UsageError
+from rsprune.memory import keep_freed_pages
 from rsprune.progress import NullProgress, Progress
 from rsprune.skeleton import Skeleton, load_tokenizer
 from rsprune.sources import resolve
@@ -70,6 +71,7 @@ def perplexity(
         RspruneError: a loss is not finite.
     """
     started = time.perf_counter()
+    keep_freed_pages()
     progress = progress or NullProgress()
     torch.set_num_threads(threads or _core.default_threads())
     folder = resolve(str(model), progress=progress.note)

@@ -17,7 +17,7 @@ __all__ = ["TensorFacts", "Totals", "inspect", "matrix_view", "totals"]
 
 BLOCK = 1 << 24  # weights looked at together; a multiple of every group length
 GROUPS = (4, 8, 16)
-EXPLAINED = 2 / 3  # share of the zeros that a pattern must ask for to be the tensor's pattern
+BY_CHANCE = 10  # groups that independent zeros would have to break before a pattern is believed
 
 # Bits of each element that are not its sign, for types where -0 is a zero.
 _MAGNITUDE = {
@@ -44,8 +44,8 @@ class TensorFacts:
     pattern: str | None
     """`2:4` and its kin, `50.0%`, `dense`, or None where the tensor is no matrix.
 
-    A keep-of pattern is the strongest that holds in every group, provided that it accounts for
-    most of the zeros: in 95 % random zeros some 6:16 holds by chance and says nothing.
+    A keep-of pattern is the strongest that holds in every group and is no accident: among 95 %
+    random zeros some 6:16 holds as well and says nothing.
     """
     bits_per_weight: float
 
@@ -108,7 +108,7 @@ def _facts(
         shape=shape,
         nbytes=nbytes,
         sparsity=sparsity,
-        pattern=describe(sparsity, kept) if len(shape) == 2 else None,
+        pattern=describe(sparsity, kept, weights) if len(shape) == 2 else None,
         bits_per_weight=nbytes * 8 / weights if weights else 0.0,
     )
 
@@ -157,21 +157,36 @@ def _most_in_a_group(nonzero: NDArray[np.bool_], of: int) -> int:
     return int(counts.max())
 
 
-def describe(sparsity: float, kept: dict[int, int]) -> str:
+def describe(sparsity: float, kept: dict[int, int], weights: int) -> str:
     """The name of a matrix's pattern; see `TensorFacts.pattern`.
 
     Args:
         sparsity: zeros over weights.
         kept: group length -> the most non-zeros that any group of that length has.
+        weights: elements of the matrix.
     """
     holding = [
         (most / of, of, f"{most}:{of}")
         for of, most in kept.items()
-        if 0 < most < of and 1 - most / of >= EXPLAINED * sparsity
+        if 0 < most < of and not _accident(sparsity, most, of, weights // of)
     ]
     if holding:
         return min(holding)[2]  # the strongest; of equals (2:4, 4:8) the shorter group
     return f"{sparsity:.1%}" if sparsity > 0.01 else "dense"
+
+
+def _accident(sparsity: float, most: int, of: int, groups: int) -> bool:
+    """Whether zeros thrown independently would keep at most `most` in nearly all the groups, too.
+
+    A pattern that accounts for all the zeros is none: then every group has exactly its number.
+    """
+    if 1 - most / of >= 0.99 * sparsity:
+        return False
+    chance = sum(
+        math.comb(of, count) * (1 - sparsity) ** count * sparsity ** (of - count)
+        for count in range(most + 1, of + 1)
+    )
+    return chance * groups < BY_CHANCE
 
 
 def matrix_view(raw: Any, dtype: str, shape: Sequence[int]) -> NDArray[Any]:

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from rsprune.blocks import Group, LayerStructure, Replay
+from rsprune.pool import TensorPool
 from rsprune.windows import Windows
 
 
@@ -32,6 +33,8 @@ class LayerPath:
         kwargs: the keyword arguments that the model gives to this layer.
         hidden: the layer's inputs.
         cache: makes room for inputs that replays need; None where every run must be whole.
+        pool: lends a buffer for every weight that is replaced; None where the layer's own weights
+            may be overwritten.
 
     Attributes:
         passes: linears run so far, weighted by size, in whole layers over all windows.
@@ -44,6 +47,7 @@ class LayerPath:
         kwargs: dict[str, Any],
         hidden: Windows,
         cache: Callable[[str, int], Windows] | None,
+        pool: TensorPool | None,
     ) -> None:
         self.layer = layer
         self.structure = structure
@@ -51,6 +55,8 @@ class LayerPath:
         self.hidden = hidden
         self.passes = 0.0
         self._device = next(layer.parameters()).device
+        self._pool = pool
+        self._borrowed: list[Tensor] = []
         self._caught: dict[Group, Tensor] = {}
         self._cache: dict[Replay, Windows] = {}
         self._known: set[tuple[Replay, int]] = set()
@@ -77,10 +83,14 @@ class LayerPath:
         return self.inputs_and_output(window, ())[1]
 
     def set_weight(self, linear: str, weight: Tensor) -> None:
-        """Puts a compressed weight in place of the one that the layer holds."""
-        value = weight.to(self._device, torch.float32)
+        """Puts a compressed weight [outputs, inputs] in place of the one that the layer holds."""
         module = self.layer.get_submodule(linear)
-        module._parameters["weight"] = nn.Parameter(value, requires_grad=False)
+        if self._pool is not None:
+            buffer = self._pool.take(weight.shape)
+            self._borrowed.append(buffer)
+            module._parameters["weight"] = nn.Parameter(buffer, requires_grad=False)
+        with torch.no_grad():
+            module.weight.copy_(weight)
 
     def _run(
         self, window: int, groups: Sequence[Group], *, stop: bool
@@ -138,9 +148,12 @@ class LayerPath:
         self._counters = [linear.register_forward_hook(count) for linear in linears]
 
     def close(self) -> None:
-        """Takes this path's hooks off the layer."""
+        """Takes this path's hooks off the layer and gives its buffers back."""
         for counter in self._counters:
             counter.remove()
+        for buffer in self._borrowed:
+            assert self._pool is not None
+            self._pool.give_back(buffer)
 
 
 def twin(layer: nn.Module) -> nn.Module:

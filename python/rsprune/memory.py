@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import threading
 from pathlib import Path
 
@@ -49,6 +50,20 @@ def _number(path: Path) -> int | None:
         return int(path.read_text())
     except (OSError, ValueError):
         return None  # absent, or "max"
+
+
+def keep_freed_pages() -> None:
+    """Lets glibc keep up to 128 MiB of freed memory instead of giving every tensor's pages back.
+
+    torch frees and allocates the same activations layer after layer; without this each of their
+    pages is faulted in anew (a decoder layer's forward took up to twice as long).
+    """
+    try:
+        libc = ctypes.CDLL(None)
+        libc.mallopt(-3, 64 * 2**20)  # M_MMAP_THRESHOLD
+        libc.mallopt(-1, 128 * 2**20)  # M_TRIM_THRESHOLD
+    except (OSError, AttributeError):
+        return  # not glibc: nothing to tune
 
 
 class PeakWatch:

@@ -48,6 +48,9 @@ def run_options(
     iterations: Annotated[Number, Option(help="FISTA: iterations a round.")] = None,
     xi: Annotated[Fraction, Option(help="FISTA: rounding's share that raises lambda.")] = None,
     patience: Annotated[Number, Option(help="FISTA: rounds without gain until it stops.")] = None,
+    lambda_start: Annotated[
+        Fraction, Option(help="FISTA: first lambda, in relative units.")
+    ] = None,
     memory: Annotated[Text, Option(help="Bound on memory, such as 4GiB.")] = None,
     device: Device = None,
     threads: Threads = None,

@@ -198,10 +198,9 @@ class BarProgress:
 
     def close(self) -> None:
         """Stops the display; the last state of the bar stays on the screen."""
-        self._detail = ""
         if self._bar is not None:
             self._bar.stop()
-        self._bar = self._task = None
+        self._bar, self._task, self._detail = None, None, ""
 
     def _new_bar(self) -> RichProgress:
         from rich import progress
@@ -231,11 +230,11 @@ class BarProgress:
 
 
 def duration(seconds: float | None) -> str:
-    """`4.2 s`, `3 min 20 s` or `2 h 05 min`; `?` if not known."""
+    """`48 ms`, `4.2 s`, `3 min 20 s` or `2 h 05 min`; `?` if not known."""
     if seconds is None:
         return "?"
     if seconds < 60:
-        return f"{seconds:.1f} s"
+        return f"{seconds:.1f} s" if seconds >= 1 else f"{seconds * 1000:.0f} ms"
     minutes, rest = divmod(round(seconds), 60)
     if minutes < 60:
         return f"{minutes} min {rest:02d} s"

@@ -31,7 +31,7 @@ from rsprune.checkpoint import OutputFolder, check_output
 from rsprune.config import Config
 from rsprune.data import Corpus, calibration_windows, load_texts, split_heldout
 from rsprune.errors import RspruneError
-from rsprune.memory import PeakWatch, rss_anon
+from rsprune.memory import PeakWatch, keep_freed_pages, rss_anon
 from rsprune.plan import Operator, Plan, Prepared, parse_pattern, prepare
 from rsprune.progress import NullProgress, Progress
 from rsprune.report import Journal, Report, load_report
@@ -65,6 +65,7 @@ def compress(
         UsageError: refused before any work, naming what was expected and found; nothing is written.
         RspruneError: the run cannot go on; nothing is left in `out`.
     """
+    keep_freed_pages()
     config = config or Config()
     progress = progress or NullProgress()
     folder = resolve(str(model), progress=progress.note)
@@ -160,6 +161,7 @@ class _Run:
             store=lambda kind, channels: self._store(
                 output, f"hidden {(index + 1) % 2}" if kind == "next" else kind, channels
             ),
+            pool=skeleton.pool,
             where=f"layer {index}",
             timing=self.timing,
         )

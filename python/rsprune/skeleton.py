@@ -18,6 +18,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from rsprune.checkpoint import Checkpoint
 from rsprune.errors import UsageError
+from rsprune.pool import TensorPool
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -58,6 +59,7 @@ class Skeleton:
     ) -> None:
         self.checkpoint = checkpoint
         self.device = torch.device(device)
+        self.pool = TensorPool(self.device)
         self.config = _read_config(checkpoint.folder, trust_remote_code)
         try:
             with _parameters_on_meta():
@@ -106,7 +108,7 @@ class Skeleton:
         return None
 
     def load(self, name: str) -> Tensor:
-        """Parameter `name` as float32 on the device (a copy)."""
+        """Parameter `name` as float32 on the device, in a buffer of the pool."""
         disk_name = self.disk_name(name)
         if disk_name is None:
             raise MissingTensorsError([name], self.checkpoint.folder)
@@ -115,7 +117,7 @@ class Skeleton:
         if tuple(tensor.shape) != expected:
             found = f"{disk_name}: expected shape {list(expected)} from config.json"
             raise UsageError(f"{found}, found {list(tensor.shape)}")
-        return tensor.to(self.device, torch.float32, copy=True)
+        return self.pool.take(tensor.shape).copy_(tensor)
 
     @contextlib.contextmanager
     def materialised(self, names: list[str]) -> Iterator[None]:
@@ -135,6 +137,8 @@ class Skeleton:
         finally:
             for owner, leaf, empty in held:
                 owner._parameters[leaf] = empty
+            # The vocabulary's matrices are large and not needed again soon: freed, not kept.
+            shared.clear()
 
     def outer_names(self) -> list[str]:
         """Parameters outside of the decoder layers, without the two vocabulary matrices."""
@@ -177,9 +181,10 @@ class Skeleton:
         """Puts decoder layer `index` back on `meta`."""
         for module in self.layers[index].modules():
             for leaf, parameter in module._parameters.items():
-                if parameter is not None:
+                if parameter is not None and parameter.device.type != "meta":
                     empty = nn.Parameter(parameter.to("meta"), requires_grad=False)
                     module._parameters[leaf] = empty
+                    self.pool.give_back(parameter.data)
 
 
 def load_tokenizer(folder: Path, trust_remote_code: bool = False) -> Any:

@@ -17,14 +17,22 @@ if TYPE_CHECKING:
     from rsprune.inspect import TensorFacts, Totals
     from rsprune.plan import Operator, Plan
 
-__all__ = ["certificate_table", "inspect_table", "pairs_table", "plan_table", "summary_table"]
+__all__ = [
+    "certificate_table",
+    "inspect_table",
+    "new_table",
+    "pairs_table",
+    "plan_table",
+    "size",
+    "summary_table",
+]
 
 
 def certificate_table(report: Report, *, every: bool = False) -> Table:
     """Errors and sparsity: one row per operator kind, or with `every` one per tensor."""
     if every:
         return _every_tensor(report)
-    table = _table("operator", "tensors", "error", "held-out", "zeros", "time")
+    table = new_table("operator", "tensors", "error", "held-out", "zeros", "time")
     for row in by_kind(report.tensors):
         errors = _number(row.error), _number(row.heldout_error)
         zeros, seconds = f"{row.sparsity:.1%}", duration(row.seconds)
@@ -34,7 +42,7 @@ def certificate_table(report: Report, *, every: bool = False) -> Table:
 
 
 def _every_tensor(report: Report) -> Table:
-    table = _table("tensor", "error", "held-out", "zeros", "pattern", "time")
+    table = new_table("tensor", "error", "held-out", "zeros", "pattern", "time")
     for record in report.tensors:
         errors = _number(record.get("error")), _number(record.get("heldout_error"))
         zeros = f"{record.get('sparsity') or 0.0:.1%}"
@@ -52,7 +60,7 @@ def summary_table(report: Report) -> Table:
     rows = [(stage, duration(value)) for stage, value in seconds.items()]
     rows.append(("passes per layer", _plain(summary.get("passes_per_layer"))))
     rows.append(("peak memory (anonymous)", size(summary.get("peak_rss_anon"))))
-    rows.append(("  of it after the imports", size(summary.get("import_rss_anon"))))
+    rows.append(("  held by the imports", size(summary.get("import_rss_anon"))))
     rows.append(("written", size(summary.get("bytes_written"))))
     weights, zeros = summary.get("weights") or 0, summary.get("zeros") or 0
     if weights:
@@ -65,7 +73,7 @@ def inspect_table(
     facts: Sequence[TensorFacts], total: Totals, *, every: bool = False
 ) -> RenderableType:
     """What lies in a checkpoint: one row per kind of tensor, or with `every` one per tensor."""
-    table = _table("tensor", "", "dtype", "shape", "pattern", "zeros", "size", "bits")
+    table = new_table("tensor", "", "dtype", "shape", "pattern", "zeros", "size", "bits")
     groups: dict[Any, list[TensorFacts]] = {}
     for fact in facts:
         kind = fact.name if every else kind_of(fact.name)
@@ -107,7 +115,7 @@ def plan_table(plan: Plan) -> RenderableType:
     facts = [
         ("model", str(plan.model)),
         ("architecture", f"{plan.architecture}, {plan.layers} decoder layers"),
-        ("stays dense", _ignored(plan.ignored)),
+        ("ignored linears", _ignored(plan.ignored)),
         ("passes", plan.passes),
         ("output", f"{size(plan.output_bytes)} (free on the disk: {room})"),
     ]
@@ -119,7 +127,7 @@ def plan_table(plan: Plan) -> RenderableType:
 
 
 def _operators(operators: Iterable[Operator]) -> Table:
-    table = _table("pruned operator", "tensors", "rows x columns", "dtype")
+    table = new_table("pruned operator", "tensors", "rows x columns", "dtype")
     counts: dict[tuple[str, str, str], int] = {}
     for operator in operators:
         shape = f"{operator.rows} x {operator.columns}"
@@ -133,7 +141,7 @@ def _operators(operators: Iterable[Operator]) -> Table:
 def _ignored(names: Sequence[str]) -> str:
     kinds = list(dict.fromkeys(kind_of(name) for name in names))
     more = f" and {len(kinds) - 6} more kinds" if len(kinds) > 6 else ""
-    return (", ".join(kinds[:6]) + more) or "nothing"
+    return (", ".join(kinds[:6]) + more) or "none in the decoder layers"
 
 
 def pairs_table(rows: Iterable[tuple[str, str]]) -> Table:
@@ -160,7 +168,7 @@ def size(count: int | None) -> str:
     return f"{value / 1024:.1f} TiB"
 
 
-def _table(first: str, *others: str) -> Table:
+def new_table(first: str, *others: str) -> Table:
     """Names on the left fold; the numbers on the right keep their width."""
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0), caption_justify="left")
     table.add_column(first, overflow="fold")

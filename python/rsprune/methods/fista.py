@@ -35,6 +35,7 @@ class Fista:
             iterations=config.iterations,
             xi=config.xi,
             patience=config.patience,
+            lambda_start=config.lambda_start,
             damping=config.damping,
             threads=threads,
         )

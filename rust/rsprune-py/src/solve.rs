@@ -218,7 +218,7 @@ fn sparsegpt<'py>(
 
 /// l1 relaxation by FISTA, rounded, lambda adapted.
 #[pyfunction]
-#[pyo3(signature = (operator, *, warm_start, iterations, xi, patience, damping, threads = None))]
+#[pyo3(signature = (operator, *, warm_start, iterations, xi, patience, lambda_start, damping, threads = None))]
 #[allow(clippy::too_many_arguments)] // the method's published constants, by keyword
 fn fista<'py>(
     py: Python<'py>,
@@ -227,6 +227,7 @@ fn fista<'py>(
     iterations: usize,
     xi: f64,
     patience: usize,
+    lambda_start: f64,
     damping: f64,
     threads: Option<usize>,
 ) -> PyResult<Pruned<'py>> {
@@ -238,8 +239,10 @@ fn fista<'py>(
             return Err(PyValueError::new_err(message));
         }
     };
-    let options =
-        FistaOptions { iterations, xi, patience, damping, warm_start, ..FistaOptions::default() };
+    let lambda = lambda_start;
+    let options = FistaOptions {
+        iterations, xi, patience, lambda, damping, warm_start, ..FistaOptions::default()
+    };
     solve_with(py, &operator, threads, |job, task| solve::fista(job, task, &options))
 }
 

@@ -9,9 +9,14 @@
 //! ```
 //! Published: objective, step 1/L, 20 iterations, xi = 0.3, patience 3, restart from the best
 //! rounded point, corrected inputs, warm start. Reconstructed, as the text leaves it open: the
-//! shares are of norms, not of squares; lambda is in units of `mean(diag G) * rms(W)`, starts at
-//! [`FistaOptions::lambda`], moves by factors of ten until it is bracketed and is then bisected
+//! shares are of squared norms; lambda is in units of `mean(diag G) * rms(W)`, starts at
+//! [`FistaOptions::lambda`], moves by factors of two until it is bracketed and is then bisected
 //! in the logarithm; only rounds with a bracket count against patience.
+//!
+//! Tried on 12 matrices of SmolLM2-135M at 2:4 (error against SparseGPT's, geometric mean): Wanda
+//! start with factor 10 from 1e-5 1.07 (literal start of the paper), from 0.1 with shares of norms
+//! 1.13; factor 2 from 0.01: norms 1.03, squares 1.00 (taken, 15 rounds); factor 1.5 0.98 (23
+//! rounds). A SparseGPT start gives 0.93 whatever the bracket.
 
 use super::score::wanda_point;
 use super::sparsegpt::sparsegpt_point;
@@ -55,7 +60,7 @@ impl Default for FistaOptions {
             xi: 0.3,
             patience: 3,
             max_rounds: 40,
-            lambda: 0.1,
+            lambda: 0.01,
             warm_start: WarmStart::Wanda,
             damping: 0.01,
         }
@@ -86,7 +91,7 @@ pub fn fista(job: &Job, task: &Task, options: &FistaOptions) -> Result<Solution>
         if total < best_error {
             (best, best_error, best_lambda, stale) = (rounded, total, search.lambda, 0);
         }
-        if !search.advance(rounding.sqrt() > options.xi * total.sqrt()) {
+        if !search.advance(rounding > options.xi * total) {
             break;
         }
     }
@@ -151,7 +156,7 @@ fn proximal_step(v: &mut [f32], y: &mut [f32], gradient: &[f32], prox: Prox, mom
     }
 }
 
-/// lambda: by factors of ten until bracketed, then by bisection of the logarithm.
+/// lambda: by factors of two until bracketed, then by bisection of the logarithm.
 struct LambdaSearch {
     lambda: f64,
     too_low: Option<f64>,
@@ -180,8 +185,8 @@ impl LambdaSearch {
         self.lambda = match (self.too_low, self.too_high) {
             (Some(low), Some(high)) if high / low - 1.0 < Self::RESOLUTION => return false,
             (Some(low), Some(high)) => (low * high).sqrt(),
-            (Some(low), None) => low * 10.0,
-            (None, Some(high)) => high / 10.0,
+            (Some(low), None) => low * 2.0,
+            (None, Some(high)) => high / 2.0,
             (None, None) => unreachable!("one side was just set"),
         };
         Self::RANGE.contains(&self.lambda)
