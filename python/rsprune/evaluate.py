@@ -23,7 +23,7 @@ from rsprune import _core
 from rsprune.checkpoint import Checkpoint
 from rsprune.data import evaluation_windows, load_texts
 from rsprune.errors import RspruneError, UsageError
-from rsprune.memory import keep_freed_pages
+from rsprune.memory import give_freed_pages_back, keep_freed_pages
 from rsprune.progress import NullProgress, Progress
 from rsprune.skeleton import Skeleton, load_tokenizer
 from rsprune.sources import resolve
@@ -127,6 +127,7 @@ def _run_layer(stream: Stream, index: int, hidden: list[Tensor]) -> None:
             output = layer(states, **kwargs)
             hidden[window] = output[0] if isinstance(output, tuple) else output
     skeleton.drop_layer(index)
+    give_freed_pages_back()
 
 
 def _token_windows(text: str, tokenizer: object, seq_len: int) -> Tensor:

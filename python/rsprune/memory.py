@@ -66,6 +66,18 @@ def keep_freed_pages() -> None:
         return  # not glibc: nothing to tune
 
 
+def give_freed_pages_back() -> None:
+    """Returns the holes of the heap to the system; called between decoder layers.
+
+    glibc's aligned allocations leave holes that do not fit the next layer's tensors exactly;
+    without this resident memory crept up by 3 to 5 MB a layer.
+    """
+    try:
+        ctypes.CDLL(None).malloc_trim(0)
+    except (OSError, AttributeError):
+        return  # not glibc: nothing to give back
+
+
 class PeakWatch:
     """Samples `RssAnon` five times a second; `peak` is the highest value seen."""
 

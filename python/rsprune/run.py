@@ -31,7 +31,7 @@ from rsprune.checkpoint import OutputFolder, check_output
 from rsprune.config import Config
 from rsprune.data import Corpus, calibration_windows, load_texts, split_heldout
 from rsprune.errors import RspruneError
-from rsprune.memory import PeakWatch, keep_freed_pages, rss_anon
+from rsprune.memory import PeakWatch, give_freed_pages_back, keep_freed_pages, rss_anon
 from rsprune.plan import Operator, Plan, Prepared, parse_pattern, prepare
 from rsprune.progress import NullProgress, Progress
 from rsprune.report import Journal, Report, load_report
@@ -176,6 +176,7 @@ class _Run:
         dense, own = job.advance()
         self.passes += job.passes
         skeleton.drop_layer(index)
+        give_freed_pages_back()
         with self.timing.stage("write"):
             names = [n for n in self.prepared.checkpoint.tensors if skeleton.layer_of(n) == index]
             record = output.put_shard(self._shard(index + 1), self.prepared.checkpoint, names, changed)
