@@ -50,11 +50,12 @@ def measure(run: dict, args: argparse.Namespace) -> dict:
     """Compresses (unless dense) and evaluates; returns the record of the run."""
     record = {"name": run["name"], "samples": run["samples"]}
     model = args.model
+    threads = ["--threads", args.threads] if args.threads else []
     if run["method"]:
-        model = args.work / "model"
+        model = args.work / run["name"].replace(":", "of")
         words = ["--method", run["method"], "--pattern", run["pattern"], "--samples",
                  run["samples"], "--calibration", args.calibration, "--overwrite"]  # fmt: skip
-        command("compress", args.model, model, *words, *run.get("extra", []))
+        command("compress", args.model, model, *words, *threads, *run.get("extra", []))
         lines = (model / "rsprune-report.jsonl").read_text().splitlines()
         records = [json.loads(line) for line in lines]
         record["summary"] = records[-1]
@@ -62,7 +63,7 @@ def measure(run: dict, args: argparse.Namespace) -> dict:
         record["tensors"] = [r for r in records if r["kind"] == "tensor"]
     if run.get("evaluate", True):
         some = ["--windows", run["windows"]] if run["windows"] else []
-        record["eval"] = command("eval", model, "--text", args.text, *some)
+        record["eval"] = command("eval", model, "--text", args.text, *threads, *some)
     if run["method"]:
         shutil.rmtree(model)
     return record
@@ -95,7 +96,8 @@ def main() -> None:
     parser.add_argument("--calibration", type=Path, required=True)
     parser.add_argument("--text", type=Path, required=True)
     parser.add_argument("--work", type=Path, required=True)
-    parser.add_argument("--only", nargs="*")
+    parser.add_argument("--only", nargs="*", help="names of runs; the default is all")
+    parser.add_argument("--threads", type=int)
     parser.add_argument("--table", action="store_true")
     args = parser.parse_args()
     args.work.mkdir(parents=True, exist_ok=True)

@@ -116,8 +116,8 @@ class LayerJob:
     def _open(self, dense: Windows, own: Windows) -> None:
         needs_dense = self.inputs.propagate == "layer" or self.inputs.target == "dense"
         needs_own = self.inputs.propagate == "model" or self.inputs.true_sequential
+        layer = twin(self.layer) if needs_dense else self.layer  # before a path hooks into it
         self._dense = self._path("dense", self.layer, dense, None) if needs_dense else None
-        layer = twin(self.layer) if needs_dense else self.layer
         pool = self.pool if needs_dense else None
         self._own = self._path("own", layer, own, pool) if needs_own else None
         self._same_start = needs_dense and dense is own

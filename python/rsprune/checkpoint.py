@@ -78,7 +78,7 @@ class Checkpoint:
     def view(self, name: str) -> torch.Tensor:
         """The tensor as stored: read-only memory of the shard, not a copy."""
         info = self.tensors[name]
-        raw = np.frombuffer(self._shards[info.file].map(name), dtype=np.uint8)
+        raw = np.frombuffer(memoryview(self._shards[info.file].map(name)), dtype=np.uint8)
         if info.nbytes == 0:
             return torch.empty(info.shape, dtype=TORCH_DTYPES[info.dtype])
         with warnings.catch_warnings():
@@ -89,8 +89,9 @@ class Checkpoint:
     def lend(self, name: str) -> NDArray[Any]:
         """A weight as the solvers take it: float32, or the bits of a half type as uint16."""
         info = self.tensors[name]
-        raw = np.frombuffer(self._shards[info.file].map(name), dtype=np.uint8)
-        return raw.view(np.float32 if info.dtype == "F32" else np.uint16).reshape(info.shape)
+        raw = np.frombuffer(memoryview(self._shards[info.file].map(name)), dtype=np.uint8)
+        bits: NDArray[Any] = raw.view(np.float32 if info.dtype == "F32" else np.uint16)
+        return bits.reshape(info.shape)
 
     def read(self, name: str) -> NDArray[np.uint8]:
         """The bytes of a tensor in memory of their own."""

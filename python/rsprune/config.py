@@ -38,13 +38,13 @@ class Config(BaseModel):
     """Text file, `hub:` dataset, or None for the offline default."""
     calibration_field: str | None = None
     """Field of a JSON-lines or parquet file that holds the text; None guesses and says so."""
-    samples: int = Field(128, ge=1)
+    samples: int = Field(default=128, ge=1)
     """Calibration windows, the held-out ones included."""
-    seq_len: int = Field(2048, ge=8)
+    seq_len: int = Field(default=2048, ge=8)
     """Tokens of a window."""
-    heldout: float = Field(0.125, ge=0.0, le=0.5)
+    heldout: float = Field(default=0.125, ge=0.0, le=0.5)
     """Fraction of the windows that no solver sees."""
-    seed: int = Field(0, ge=0)
+    seed: int = Field(default=0, ge=0)
     """Seed of the choice of windows."""
 
     propagate: Literal["layer", "model"] | None = None
@@ -54,25 +54,25 @@ class Config(BaseModel):
     true_sequential: bool | None = None
     """Whether later operators of a layer see the inputs that pruned earlier ones give."""
 
-    damping: float = Field(0.01, ge=0.0, le=1.0)
+    damping: float = Field(default=0.01, ge=0.0, le=1.0)
     """SparseGPT: added to the Gram's diagonal, relative to its mean."""
     warm_start: Literal["auto", "wanda", "sparsegpt"] = "auto"
     """FISTA: first point; auto is the published choice (sparsegpt for OPT, else wanda)."""
-    iterations: int = Field(20, ge=1)
+    iterations: int = Field(default=20, ge=1)
     """FISTA: iterations a round."""
-    xi: float = Field(0.3, gt=0.0, lt=1.0)
+    xi: float = Field(default=0.3, gt=0.0, lt=1.0)
     """FISTA: largest share of the error that rounding may cause before lambda rises."""
-    patience: int = Field(3, ge=1)
+    patience: int = Field(default=3, ge=1)
     """FISTA: rounds without a gain after which it stops."""
 
-    lambda_start: float = Field(0.01, gt=0.0)
+    lambda_start: float = Field(default=0.01, gt=0.0)
     """FISTA: first lambda, in units of the mean squared input times the weights' rms."""
 
     memory: int | None = None
     """Bound on anonymous resident memory in bytes; None is 90 % of what the system has left."""
     device: Literal["cpu", "cuda", "auto"] = "cpu"
     """Where calibration passes run; solvers run on the CPU."""
-    threads: int | None = Field(None, ge=1)
+    threads: int | None = Field(default=None, ge=1)
     """Worker threads; None is what affinity and cgroup leave."""
     trust_remote_code: bool = False
     """Whether code that lies in the model's folder may run."""

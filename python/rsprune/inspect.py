@@ -99,7 +99,7 @@ def _facts(
     weights = math.prod(shape)
     columns = shape[-1] if len(shape) == 2 else 0
     mapped = shard.map(name)
-    zeros, kept = count_zeros(np.frombuffer(mapped, np.uint8), dtype, weights, columns)
+    zeros, kept = count_zeros(np.frombuffer(memoryview(mapped), np.uint8), dtype, weights, columns)
     sparsity = zeros / weights if weights else 0.0
     return TensorFacts(
         name=name,

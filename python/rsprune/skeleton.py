@@ -8,7 +8,7 @@ hand their input through; so masks, rotary embeddings and scalings are always th
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -35,7 +35,7 @@ def _parameters_on_meta() -> Iterator[None]:
             empty = nn.Parameter(parameter.to("meta"), requires_grad=False)
             module._parameters[name] = empty
 
-    nn.Module.register_parameter = register  # type: ignore[method-assign]
+    nn.Module.register_parameter = register  # type: ignore[method-assign,assignment]
     try:
         yield
     finally:
@@ -76,6 +76,8 @@ class Skeleton:
                     buffered._buffers[name] = buffer.to(self.device)
         self.layer_prefix, self.layers = _decoder_layers(self.model)
         self._tied = _tied_names(self.model)
+        self._renamed = _renamed(self.model, checkpoint.tensors)
+        self._disk_names = {name: disk_name for disk_name, name in self._renamed.items()}
         if missing := self.missing():
             raise MissingTensorsError(missing, checkpoint.folder)
 
@@ -86,12 +88,19 @@ class Skeleton:
 
     def disk_name(self, name: str) -> str | None:
         """The on-disk name of the parameter `name`; None if no tensor provides it."""
-        prefix = f"{self.model.base_model_prefix}."
-        for alias in (name, self._tied.get(name, name)):
-            for candidate in (alias, alias.removeprefix(prefix), prefix + alias):
-                if candidate in self.checkpoint.tensors:
-                    return candidate
+        tied = next((names for names in self._tied if name in names), [])
+        for alias in (name, *tied):
+            found = self._find(alias)
+            if found is not None:
+                return found
         return None
+
+    def _find(self, name: str) -> str | None:
+        """`name` as the disk has it: with or without the base model's prefix, or renamed."""
+        prefix = f"{self.model.base_model_prefix}."
+        forms = (name, name.removeprefix(prefix), prefix + name)
+        candidates = (*forms, *(self._disk_names.get(form) for form in forms))
+        return next((c for c in candidates if c in self.checkpoint.tensors), None)
 
     def layer_name(self, index: int, name: str) -> str:
         """The full parameter name of `name` inside of decoder layer `index`."""
@@ -100,8 +109,9 @@ class Skeleton:
     def layer_of(self, disk_name: str) -> int | None:
         """The decoder layer that an on-disk tensor belongs to; None outside of the layers."""
         base = f"{self.model.base_model_prefix}."
+        name = self._renamed.get(disk_name, disk_name)
         for prefix in (self.layer_prefix, self.layer_prefix.removeprefix(base)):
-            head, found, rest = disk_name.partition(f"{prefix}.")
+            head, found, rest = name.partition(f"{prefix}.")
             index = rest.partition(".")[0]
             if found and head in ("", base) and index.isdigit():
                 return int(index)
@@ -158,15 +168,18 @@ class Skeleton:
         return int(self.config.get_text_config().hidden_size)
 
     def is_tied_copy(self, disk_name: str) -> bool:
-        """Whether an on-disk tensor repeats another one that the model ties it to."""
-        for name, first in self._tied.items():
-            if name == disk_name and self.disk_name(first) not in (None, disk_name):
-                return first < name or first not in self._tied
+        """Whether an on-disk tensor repeats, bit for bit, one that the model ties it to."""
+        for names in self._tied:
+            on_disk = [found for name in names if (found := self._find(name)) is not None]
+            if disk_name in on_disk[1:]:
+                view = self.checkpoint.view
+                return torch.equal(view(disk_name), view(on_disk[0]))
         return False
 
     def name_of(self, module: nn.Module) -> str:
         """The name of `module` inside of the model."""
-        return next(name for name, found in self.model.named_modules() if found is module)
+        names: Iterator[str] = (n for n, found in self.model.named_modules() if found is module)
+        return next(names)
 
     def load_layer(self, index: int) -> None:
         """Brings all parameters of decoder layer `index` into memory."""
@@ -243,14 +256,27 @@ def _decoder_layers(model: nn.Module) -> tuple[str, nn.ModuleList]:
     return max(lists, key=lambda item: len(item[1]))
 
 
-def _tied_names(model: nn.Module) -> dict[str, str]:
-    """Each further name of a shared parameter, with the first one."""
-    first: dict[int, str] = {}
-    tied = {}
+def _renamed(model: nn.Module, disk_names: Iterable[str]) -> dict[str, str]:
+    """On-disk name -> parameter name, where transformers 5 renames a tensor that it loads."""
+    try:
+        from transformers.conversion_mapping import get_model_conversion_mapping
+        from transformers.core_model_loading import WeightRenaming
+    except ImportError:  # transformers 4: the names are the same
+        return {}
+    rules = [r for r in get_model_conversion_mapping(model) if isinstance(r, WeightRenaming)]
+    renamed = {}
+    for disk_name in disk_names:
+        name = disk_name
+        for rule in rules:
+            name, _ = rule.rename_source_key(name)
+        if name != disk_name:
+            renamed[disk_name] = name
+    return renamed
+
+
+def _tied_names(model: nn.Module) -> list[list[str]]:
+    """The names of every parameter that has more than one, the first one first."""
+    names: dict[int, list[str]] = {}
     for name, parameter in _named_parameters(model):
-        if id(parameter) in first:
-            tied[name] = first[id(parameter)]
-            tied.setdefault(first[id(parameter)], name)
-        else:
-            first[id(parameter)] = name
-    return tied
+        names.setdefault(id(parameter), []).append(name)
+    return [group for group in names.values() if len(group) > 1]

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import contextlib
 import inspect
+import threading
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -53,6 +54,7 @@ class Stream:
         self.base = getattr(self.model, self.model.base_model_prefix, self.model)
         self._kwargs: list[dict[str, Any]] = [{} for _ in skeleton.layers]
         self._tuple = False
+        self._final = threading.local()  # windows may be at the head side by side
 
     def open(self, seq_len: int) -> Opening:
         """Records keyword arguments and structure of every layer, reading no large tensor.
@@ -100,7 +102,12 @@ class Stream:
         names = [*skeleton.outer_names(), *_parameter_names(skeleton, output)]
         parameters = inspect.signature(self.model.forward).parameters
         chunked = "logits_to_keep" in parameters
-        with skeleton.materialised(list(dict.fromkeys(names))):
+        last = len(skeleton.layers) - 1
+
+        def give(index: int, given: Tensor) -> Tensor:
+            return self._final.hidden if index == last else given  # type: ignore[no-any-return]
+
+        with skeleton.materialised(list(dict.fromkeys(names))), self._replaced(give):
             yield lambda hidden, ids: self._loss_sum(hidden, ids, chunked)
 
     def _loss_sum(self, hidden: Tensor, ids: Tensor, chunked: bool) -> Tensor:
@@ -118,13 +125,9 @@ class Stream:
 
     def logits(self, hidden: Tensor, positions: Tensor | None = None) -> Tensor:
         """Logits [positions, vocabulary] of the final hidden states; call inside of `head()`."""
-        last = len(self.skeleton.layers) - 1
-
-        def give(index: int, given: Tensor) -> Tensor:
-            return hidden if index == last else given
-
+        self._final.hidden = hidden
         extra = {} if positions is None else {"logits_to_keep": positions}
-        with self._replaced(give), torch.no_grad():
+        with torch.no_grad():
             output = self.model(inputs_embeds=torch.zeros_like(self._like(hidden)), **extra)
         result: Tensor = output.logits[0]
         return result
@@ -179,7 +182,7 @@ class Stream:
             raise UsageError(f"input embedding: expected nn.Embedding, found {type(module).__name__}")
         name = skeleton.disk_name(_parameter_names(skeleton, module)[0])
         assert name is not None
-        used, compact = ids.unique(return_inverse=True)
+        used, compact = torch.unique(ids, return_inverse=True)
         rows = skeleton.checkpoint.view(name)[used].to(skeleton.device, torch.float32)
         full, padding = module._parameters["weight"], module.padding_idx
         module._parameters["weight"] = nn.Parameter(rows, requires_grad=False)

@@ -170,7 +170,7 @@ def _tensor(shard: _core.Shard, record: Record, dtype: str, shape: list[int]) ->
         return
     raw = shard.map(name)
     weights = math.prod(shape)
-    zeros, _ = count_zeros(np.frombuffer(raw, np.uint8), dtype, weights, 0)
+    zeros, _ = count_zeros(np.frombuffer(memoryview(raw), np.uint8), dtype, weights, 0)
     expected = record.get("sparsity")
     if expected is not None and abs(expected * weights - zeros) > 0.5:
         yield Problem(name, f"sparsity {expected:.6f}", f"{zeros / weights:.6f}")

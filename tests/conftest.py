@@ -1,0 +1,80 @@
+"""What several test files need: tiny models, a text, and the real model where there is one."""
+
+import os
+import random
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ["TOKENIZERS_PARALLELISM"] = "false"
+
+ROOT = Path(__file__).parents[1]
+WORDS = "the of a model layer weight prunes keeps zero sum matrix row small large open text".split()
+
+
+@pytest.fixture(scope="session")
+def root() -> Path:
+    """The repository."""
+    return ROOT
+
+
+@pytest.fixture(scope="session")
+def shared_dir() -> Path:
+    """The texts that are kept beside the repository."""
+    folder = Path(os.environ.get("RSPRUNE_SHARED") or ROOT.parent / "shared")
+    if not folder.is_dir():
+        pytest.skip(f"no shared data: {folder} is not there (RSPRUNE_SHARED names another place)")
+    return folder
+
+
+@pytest.fixture(scope="session")
+def smollm2() -> Path:
+    """SmolLM2-135M-Instruct as a folder: a real model."""
+    if named := os.environ.get("RSPRUNE_SMOLLM2"):
+        if not Path(named, "config.json").is_file():
+            pytest.skip(f"RSPRUNE_SMOLLM2={named} holds no config.json")
+        return Path(named)
+    from rsprune.errors import RspruneError
+    from rsprune.sources import demo_model
+
+    try:
+        return demo_model(cache=None)
+    except (RspruneError, OSError) as error:
+        pytest.skip(f"no real model: {error}")
+
+
+@pytest.fixture(scope="session")
+def tiny(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
+    """`tiny(kind, shards=1)`: the folder of a tiny model, made once; tests must not change it."""
+    import torch
+    from tiny_models import build
+
+    torch.set_num_threads(1)
+    made: dict[tuple[str, int], Path] = {}
+
+    def folder_of(kind: str, shards: int = 1) -> Path:
+        if (kind, shards) not in made:
+            folder = tmp_path_factory.mktemp(f"tiny-{kind}-{shards}")
+            made[kind, shards] = build(kind, folder, shards=shards)
+        return made[kind, shards]
+
+    return folder_of
+
+
+@pytest.fixture(scope="session")
+def tiny_llama(tiny: Callable[..., Path]) -> Path:
+    """One file, untied."""
+    return tiny("llama")
+
+
+@pytest.fixture(scope="session")
+def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """About 6,000 tokens of the tiny models, in documents of one line each."""
+    chooser = random.Random(0)
+    lines = [" ".join(chooser.choices(WORDS, k=20)) for _ in range(60)]
+    path = tmp_path_factory.mktemp("text") / "text.txt"
+    path.write_text("\n".join(lines))
+    assert path.stat().st_size > 5_000
+    return path
