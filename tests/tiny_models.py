@@ -83,7 +83,7 @@ def build(
     """
     model = make(kind).to(dtype)
     size = sum(p.numel() * p.element_size() for p in model.parameters())
-    limit = "1GB" if shards == 1 else f"{size // shards}B"
+    limit = "1GB" if shards == 1 else f"{size // shards // 1000}KB"
     model.save_pretrained(folder, max_shard_size=limit)
     save_tokenizer(folder)
     return folder

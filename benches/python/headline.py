@@ -79,7 +79,8 @@ def table(results: list[dict]) -> str:
                  str(evaluation.get("windows", "-"))]  # fmt: skip
         if summary:
             seconds = summary["seconds"]
-            parts = ", ".join(f"{seconds.get(k, 0):.0f}" for k in ("calibrate", "solve", "propagate"))
+            stages = ("calibrate", "solve", "propagate")
+            parts = ", ".join(f"{seconds.get(stage, 0):.0f}" for stage in stages)
             peak, start = summary["peak_rss_anon"], summary["import_rss_anon"]
             cells += [f"{sum(seconds.values()):.0f} ({parts})",
                       f"{peak / 2**20:.0f} ({(peak - start) / 2**20:.0f})"]  # fmt: skip

@@ -115,9 +115,7 @@ def watch(layer: nn.Module, hidden: Tensor, kwargs: dict[str, Any]) -> LayerStru
     if not watcher.order:
         kind = type(layer).__name__
         raise UsageError(f"{kind}: expected torch.nn.Linear modules in a decoder layer, found none")
-    return LayerStructure(
-        _group(watcher.order), tuple(watcher.replays), isinstance(output, tuple)
-    )
+    return LayerStructure(_group(watcher.order), tuple(watcher.replays), isinstance(output, tuple))
 
 
 def _group(order: list[tuple[str, Tensor]]) -> tuple[Group, ...]:

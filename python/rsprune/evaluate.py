@@ -76,9 +76,7 @@ def perplexity(
     progress = progress or NullProgress()
     torch.set_num_threads(threads or _core.default_threads())
     folder = resolve(str(model), progress=progress.note)
-    skeleton = Skeleton(
-        Checkpoint.open(folder), device=device, trust_remote_code=trust_remote_code
-    )
+    skeleton = Skeleton(Checkpoint.open(folder), device=device, trust_remote_code=trust_remote_code)
     ids = _token_windows(str(text), load_tokenizer(folder, trust_remote_code), seq_len)
     if windows is not None and windows > len(ids):
         raise UsageError(f"windows {windows}: the text holds only {len(ids)} of {seq_len} tokens")

@@ -90,7 +90,7 @@ class LayerPath:
             self._borrowed.append(buffer)
             module._parameters["weight"] = nn.Parameter(buffer, requires_grad=False)
         with torch.no_grad():
-            module.weight.copy_(weight)
+            _weight(module).copy_(weight)
 
     def _run(
         self, window: int, groups: Sequence[Group], *, stop: bool
@@ -140,10 +140,10 @@ class LayerPath:
 
     def _count_work(self) -> None:
         linears = [self.layer.get_submodule(n) for g in self.structure.groups for n in g.linears]
-        total = sum(linear.weight.numel() for linear in linears) * len(self.hidden)
+        total = sum(_weight(linear).numel() for linear in linears) * len(self.hidden)
 
         def count(module: nn.Module, args: Any, output: Any) -> None:
-            self.passes += module.weight.numel() / total
+            self.passes += _weight(module).numel() / total
 
         self._counters = [linear.register_forward_hook(count) for linear in linears]
 
@@ -168,6 +168,10 @@ def _replayed(linear: nn.Module, known: Tensor, replay: Replay) -> Callable[...,
         return output if replay.extras is None else (output, *[None] * replay.extras)
 
     return forward
+
+
+def _weight(linear: nn.Module) -> Tensor:
+    return linear.get_parameter("weight")
 
 
 def _width(structure: LayerStructure, linear: str) -> int:

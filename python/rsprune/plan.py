@@ -10,11 +10,13 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import psutil
+import torch
 
 from rsprune import _core, methods
 from rsprune.blocks import Group
 from rsprune.checkpoint import FLOATS, Checkpoint, TensorInfo, free_bytes
 from rsprune.config import Config
+from rsprune.data import split_heldout
 from rsprune.errors import UsageError
 from rsprune.memory import memory_limit, rss_anon
 from rsprune.methods.base import Inputs
@@ -130,8 +132,6 @@ def parse_pattern(config: Config) -> _core.Pattern:
 
 def device(config: Config) -> str:
     """Where calibration passes run."""
-    import torch
-
     available = torch.cuda.is_available()
     if config.device == "auto":
         return "cuda" if available else "cpu"
@@ -184,17 +184,13 @@ def _check_tensor(info: TensorInfo, shape: tuple[int, ...], pattern: _core.Patte
         raise UsageError(str(error)) from None
 
 
-def _memory(
-    skeleton: Skeleton, opening: Opening, inputs: Inputs, config: Config
-) -> dict[str, int]:
+def _memory(skeleton: Skeleton, opening: Opening, inputs: Inputs, config: Config) -> dict[str, int]:
     """Peak of anonymous memory by part; calibration passes run in float32."""
     layer = max(sum(p.numel() for p in layer.parameters()) for layer in skeleton.layers)
     paths = 2 if inputs.true_sequential or inputs.target == "dense" else 1
     grams = max(_gram_bytes(s.groups, inputs, config) for s in opening.structures)
     width = max(g.width for s in opening.structures for g in s.groups)
-    widest = max(
-        p.numel() for layer in skeleton.layers for p in layer.parameters() if p.dim() == 2
-    )
+    widest = max(p.numel() for layer in skeleton.layers for p in layer.parameters() if p.dim() == 2)
     channels = skeleton.channels
     window = config.seq_len * channels * 4
     held = 1 if inputs.propagate == "model" and inputs.target == "own" else 2
@@ -249,7 +245,8 @@ def _passes(inputs: Inputs) -> str:
 
 
 def _warnings(operators: list[Operator], config: Config) -> list[str]:
-    tokens = round(config.samples * (1 - config.heldout)) * config.seq_len
+    calibration, _ = split_heldout(torch.empty(config.samples, 0), config.heldout)
+    tokens = len(calibration) * config.seq_len
     widest = max(operators, key=lambda o: o.columns)
     warnings = []
     if tokens < 2 * widest.columns:

@@ -1,15 +1,15 @@
 """compress(): the loop to read first.
 
-    plan            headers and shapes only; all refusals happen here
-    embed           token windows -> hidden states that enter the first layer
-    for each decoder layer:
-        load        its weights, float32
-        for each stage (all operators at once, or group after group):
-            collect Grams of the stage's inputs, window after window
-            solve   each operator; the layer now holds what will be stored
-        advance     hidden states to the next layer
-        put         one output shard, one journal line
-    finish          shard of the rest, other files, card, index; one rename
+plan            headers and shapes only; all refusals happen here
+embed           token windows -> hidden states that enter the first layer
+for each decoder layer:
+    load        its weights, float32
+    for each stage (all operators at once, or group after group):
+        collect Grams of the stage's inputs, window after window
+        solve   each operator; the layer now holds what will be stored
+    advance     hidden states to the next layer
+    put         one output shard, one journal line
+finish          shard of the rest, other files, card, index; one rename
 """
 
 from __future__ import annotations
@@ -178,8 +178,9 @@ class _Run:
         skeleton.drop_layer(index)
         give_freed_pages_back()
         with self.timing.stage("write"):
-            names = [n for n in self.prepared.checkpoint.tensors if skeleton.layer_of(n) == index]
-            record = output.put_shard(self._shard(index + 1), self.prepared.checkpoint, names, changed)
+            names = self._names(index)
+            file = self._shard(index + 1)
+            record = output.put_shard(file, self.prepared.checkpoint, names, changed)
         elapsed = time.perf_counter() - started
         self.journal.write(
             "layer", layer=index, seconds=elapsed, rss_anon=self.peak.sample(), **record
@@ -227,8 +228,7 @@ class _Run:
         """Writes what is not a decoder layer, the card and the index, and names the folder."""
         checkpoint, skeleton = self.prepared.checkpoint, self.prepared.skeleton
         with self.timing.stage("write"):
-            rest = [n for n in checkpoint.tensors if skeleton.layer_of(n) is None]
-            rest = [n for n in rest if not skeleton.is_tied_copy(n)]
+            rest = [n for n in self._names(None) if not skeleton.is_tied_copy(n)]
             record = output.put_shard(self._shard(0), checkpoint, rest, {})
             self.journal.write("file", **record)
             output.copy_other_files(self.plan.model)
@@ -237,7 +237,8 @@ class _Run:
         report = load_report(output.folder)
         card = output.folder / "README.md"
         source_card = card.read_text(encoding="utf-8") if card.exists() else None
-        output.write_text("README.md", model_card(report, source_card=source_card, base_model=model))
+        text = model_card(report, source_card=source_card, base_model=model)
+        output.write_text("README.md", text)
         output.write_text("recipe.yaml", self.config.to_recipe())
         output.write_index(sum(math.prod(t.shape) for t in checkpoint.tensors.values()))
         output.commit()
@@ -246,6 +247,11 @@ class _Run:
         """The planned operator; None where it is ignored."""
         found = (o for o in self.plan.operators if o.layer == layer and o.linear == linear)
         return next(found, None)
+
+    def _names(self, layer: int | None) -> list[str]:
+        """On-disk tensors of a decoder layer; of everything outside of the layers for None."""
+        skeleton = self.prepared.skeleton
+        return [n for n in self.prepared.checkpoint.tensors if skeleton.layer_of(n) == layer]
 
     def _store(self, output: OutputFolder, kind: str, channels: int) -> Windows:
         """Room for hidden states, made once for every kind and used again layer after layer."""

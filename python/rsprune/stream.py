@@ -105,7 +105,7 @@ class Stream:
         last = len(skeleton.layers) - 1
 
         def give(index: int, given: Tensor) -> Tensor:
-            return self._final.hidden if index == last else given  # type: ignore[no-any-return]
+            return self._final.hidden if index == last else given
 
         with skeleton.materialised(list(dict.fromkeys(names))), self._replaced(give):
             yield lambda hidden, ids: self._loss_sum(hidden, ids, chunked)
@@ -179,7 +179,8 @@ class Stream:
         """Runs the input embedding on just the rows that the window uses."""
         skeleton, module = self.skeleton, self.model.get_input_embeddings()
         if not isinstance(module, nn.Embedding):
-            raise UsageError(f"input embedding: expected nn.Embedding, found {type(module).__name__}")
+            found = type(module).__name__
+            raise UsageError(f"input embedding: expected nn.Embedding, found {found}")
         name = skeleton.disk_name(_parameter_names(skeleton, module)[0])
         assert name is not None
         used, compact = torch.unique(ids, return_inverse=True)

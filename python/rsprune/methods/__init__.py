@@ -25,9 +25,7 @@ def get(name: str) -> Method:
     try:
         return _METHODS[name]
     except KeyError:
-        raise UsageError(
-            f"method {name!r}: expected one of {', '.join(_METHODS)}"
-        ) from None
+        raise UsageError(f"method {name!r}: expected one of {', '.join(_METHODS)}") from None
 
 
 def inputs_of(method: Method, config: Config) -> Inputs:

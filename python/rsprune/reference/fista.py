@@ -115,9 +115,7 @@ def minimise(
     return x
 
 
-def rounding_error(
-    point: Matrix, rounded: Matrix, weight: Matrix, statistics: Statistics
-) -> float:
+def rounding_error(point: Matrix, rounded: Matrix, weight: Matrix, statistics: Statistics) -> float:
     """`||(V - R) X*||^2 / ||W X||^2`: what rounding `point` to `rounded` changes."""
     moved = point - rounded
     energy = ((weight @ statistics.dense_gram) * weight).sum()

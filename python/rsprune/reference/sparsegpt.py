@@ -87,4 +87,3 @@ def _prune_block(
         work[:, j + 1 :] -= np.outer(errors[:, j], upper[j, j + 1 :])
         work[:, j] = kept
     return work, errors
-

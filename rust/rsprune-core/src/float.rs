@@ -68,7 +68,7 @@ mod tests {
 
     #[test]
     fn rounding_is_what_storing_does() {
-        for v in [0.1f32, -3.14159, 1e-8, 65504.0, 1.0] {
+        for v in [0.1f32, -2.71, 1e-8, 65504.0, 1.0] {
             for kind in [Float::Bf16, Float::F16] {
                 assert_eq!(kind.round(v), kind.from_bits(kind.to_bits(v)));
             }

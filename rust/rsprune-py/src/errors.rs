@@ -1,7 +1,9 @@
 //! The one place where a core error becomes a Python exception.
 
 use pyo3::PyErr;
-use pyo3::exceptions::{PyFileNotFoundError, PyKeyError, PyKeyboardInterrupt, PyOSError, PyValueError};
+use pyo3::exceptions::{
+    PyFileNotFoundError, PyKeyError, PyKeyboardInterrupt, PyOSError, PyValueError,
+};
 use rsprune_core::Error;
 use std::io::ErrorKind;
 

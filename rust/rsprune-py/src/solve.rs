@@ -193,14 +193,22 @@ fn certificate_dict<'py>(py: Python<'py>, c: &Certificate) -> PyResult<Bound<'py
 /// Keeps the largest |w|.
 #[pyfunction]
 #[pyo3(signature = (operator, *, threads = None))]
-fn magnitude<'py>(py: Python<'py>, operator: Operator<'py>, threads: Option<usize>) -> PyResult<Pruned<'py>> {
+fn magnitude<'py>(
+    py: Python<'py>,
+    operator: Operator<'py>,
+    threads: Option<usize>,
+) -> PyResult<Pruned<'py>> {
     solve_with(py, &operator, threads, solve::magnitude)
 }
 
 /// Keeps the largest |w| sqrt(G_jj).
 #[pyfunction]
 #[pyo3(signature = (operator, *, threads = None))]
-fn wanda<'py>(py: Python<'py>, operator: Operator<'py>, threads: Option<usize>) -> PyResult<Pruned<'py>> {
+fn wanda<'py>(
+    py: Python<'py>,
+    operator: Operator<'py>,
+    threads: Option<usize>,
+) -> PyResult<Pruned<'py>> {
     solve_with(py, &operator, threads, solve::wanda)
 }
 
@@ -241,7 +249,13 @@ fn fista<'py>(
     };
     let lambda = lambda_start;
     let options = FistaOptions {
-        iterations, xi, patience, lambda, damping, warm_start, ..FistaOptions::default()
+        iterations,
+        xi,
+        patience,
+        lambda,
+        damping,
+        warm_start,
+        ..FistaOptions::default()
     };
     solve_with(py, &operator, threads, |job, task| solve::fista(job, task, &options))
 }

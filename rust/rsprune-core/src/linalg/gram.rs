@@ -47,18 +47,15 @@ impl GramSum {
         Ok(())
     }
 
+    /// Entry `(i, j)`; of a symmetric sum the lower triangle counts (tiles overhang the diagonal).
+    pub fn at(&self, i: usize, j: usize) -> f64 {
+        let (i, j) = if self.symmetric && j > i { (j, i) } else { (i, j) };
+        self.sum[i * self.n + j]
+    }
+
     /// The sum as a full `n x n` matrix.
     pub fn value(&self) -> Vec<f64> {
-        let mut full = self.sum.clone();
-        if self.symmetric {
-            for i in 0..self.n {
-                for j in 0..i {
-                    full[j * self.n + i] = full[i * self.n + j];
-                }
-            }
-            // Tiles overhang the diagonal; those entries were overwritten by their mirror image.
-        }
-        full
+        (0..self.n * self.n).map(|k| self.at(k / self.n, k % self.n)).collect()
     }
 
     /// The diagonal of the sum.

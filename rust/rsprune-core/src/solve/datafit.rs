@@ -7,6 +7,7 @@
 //! on the number of tokens or on the scale of the activations.
 
 use super::Statistics;
+use super::statistics::Sum;
 use crate::error::{Error, Result};
 use crate::kernels::Kernel;
 use crate::linalg::{PackedB, ROW_BLOCK, Scratch, dot, gemm, quadratic_form};
@@ -45,8 +46,7 @@ impl<'a> GramQuadratic<'a> {
         }
         let unit = stats.diagonal().iter().sum::<f64>() / n as f64;
         let scale = if unit > 0.0 { 1.0 / unit } else { 1.0 };
-        let narrow = |m: Vec<f64>| m.iter().map(|v| (v * scale) as f32).collect::<Vec<f32>>();
-        let gram = narrow(stats.gram());
+        let gram = stats.matrix(job, Sum::Gram, scale)?;
         let packed = PackedB::new(&kernel, &gram, n, n, n);
         let mut term = GramQuadratic {
             kernel,
@@ -58,14 +58,14 @@ impl<'a> GramQuadratic<'a> {
             constant: 0.0,
             energy: 0.0,
         };
-        match (stats.cross(), stats.drift()) {
-            (Some(cross), Some(drift)) => {
-                let dense = dense_gram(stats.gram(), &cross, &drift, n);
-                term.energy = term.form(job, weight, &term.pack(&narrow(dense)))?;
-                term.constant = term.form(job, weight, &term.pack(&narrow(drift)))?;
-                term.linear = Some(term.product(job, weight, &term.pack(&narrow(cross)))?);
-            }
-            _ => term.energy = term.form(job, weight, &term.packed)?,
+        if stats.corrected() {
+            let packed = |which| Ok(term.pack(&stats.matrix(job, which, scale)?));
+            let energy = term.form(job, weight, &packed(Sum::Dense)?)?;
+            let constant = term.form(job, weight, &packed(Sum::Drift)?)?;
+            let linear = term.product(job, weight, &packed(Sum::Cross)?)?;
+            (term.energy, term.constant, term.linear) = (energy, constant, Some(linear));
+        } else {
+            term.energy = term.form(job, weight, &term.packed)?;
         }
         Ok(term)
     }
@@ -114,14 +114,4 @@ impl<'a> GramQuadratic<'a> {
         // Rounding may leave a tiny negative square; an operator without input has no error.
         if self.energy > 0.0 { error.max(0.0) / self.energy } else { 0.0 }
     }
-}
-
-/// `sum x x^T = G - P - P^T + Q`, from `x = x* - d`.
-fn dense_gram(mut gram: Vec<f64>, cross: &[f64], drift: &[f64], n: usize) -> Vec<f64> {
-    for i in 0..n {
-        for j in 0..n {
-            gram[i * n + j] += drift[i * n + j] - cross[i * n + j] - cross[j * n + i];
-        }
-    }
-    gram
 }

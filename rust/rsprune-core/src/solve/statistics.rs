@@ -21,6 +21,19 @@ pub struct Statistics {
     drift: Option<Drift>,
 }
 
+/// Which matrix of the sums.
+#[derive(Clone, Copy)]
+pub(super) enum Sum {
+    /// `G`.
+    Gram,
+    /// `P`.
+    Cross,
+    /// `Q`.
+    Drift,
+    /// `sum x x^T = G - P - P^T + Q`, from `x = x* - d`.
+    Dense,
+}
+
 struct Drift {
     cross: GramSum,
     gram: GramSum,
@@ -99,6 +112,38 @@ impl Statistics {
     /// `diag(G)`.
     pub fn diagonal(&self) -> Vec<f64> {
         self.gram.diagonal()
+    }
+
+    /// One of the matrices `[n, n]` times `scale`, in f32. Square tiles, as a symmetric sum is
+    /// read along columns above its diagonal.
+    pub(super) fn matrix(&self, job: &Job, which: Sum, scale: f64) -> Result<Vec<f32>> {
+        const TILE: usize = 64;
+        let n = self.n;
+        let mut out = vec![0.0f32; n * n];
+        job.map_blocks(&mut out, TILE * n, |block, rows| {
+            for j0 in (0..n).step_by(TILE) {
+                for (r, row) in rows.chunks_exact_mut(n).enumerate() {
+                    let last = (j0 + TILE).min(n);
+                    for (j, out) in (j0..last).zip(&mut row[j0..last]) {
+                        *out = (self.entry(which, block * TILE + r, j) * scale) as f32;
+                    }
+                }
+            }
+            Ok(())
+        })?;
+        Ok(out)
+    }
+
+    fn entry(&self, which: Sum, i: usize, j: usize) -> f64 {
+        match (which, &self.drift) {
+            (Sum::Gram, _) | (Sum::Dense, None) => self.gram.at(i, j),
+            (Sum::Cross, Some(d)) => d.cross.at(i, j),
+            (Sum::Drift, Some(d)) => d.gram.at(i, j),
+            (Sum::Dense, Some(d)) => {
+                self.gram.at(i, j) - d.cross.at(i, j) - d.cross.at(j, i) + d.gram.at(i, j)
+            }
+            (Sum::Cross | Sum::Drift, None) => 0.0,
+        }
     }
 
     /// `G [n, n]`.

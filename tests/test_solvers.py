@@ -1,0 +1,276 @@
+"""What holds for every solver on any input, and what is refused with which words."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from reference_cases import METHODS, Case, run, statistics
+from rsprune import _core, reference
+
+methods = pytest.mark.parametrize("method", METHODS)
+quick = settings(max_examples=25, deadline=None)
+cases = st.builds(
+    Case.random,
+    m=st.integers(1, 12),
+    n=st.sampled_from([16, 32, 48]),
+    seed=st.integers(0, 2**16),
+    dtype=st.sampled_from(["F32", "BF16", "F16"]),
+    corrected=st.booleans(),
+)
+some_pattern = st.sampled_from(["2:4", "1:4", "4:8", "8:16", "0%", "37%", "50%", "0.9"])
+some_scope = st.sampled_from(["row", "matrix"])
+
+
+def bits_equal(a: np.ndarray, b: np.ndarray) -> bool:
+    return a.dtype == b.dtype and a.tobytes() == b.tobytes()
+
+
+@quick
+@given(cases, some_pattern, some_scope, st.sampled_from(sorted(METHODS)))
+def test_the_pattern_holds_in_the_type_of_the_input(
+    case: Case, pattern: str, scope: str, method: str
+) -> None:
+    before = case.weight.copy()
+    found, certificate = run(method, case.operator(pattern, scope))
+    values = reference.widen(found, case.dtype)
+    assert (found.shape, found.dtype) == (case.weight.shape, case.weight.dtype)
+    assert bits_equal(case.weight, before)
+    assert reference.Pattern(pattern, scope).holds(values)
+    assert _core.Pattern(pattern, scope).holds(found, case.dtype)
+    assert np.isfinite(values).all()
+    assert certificate["sparsity"] == (values == 0).mean()
+
+
+@quick
+@given(cases, some_pattern, some_scope, st.sampled_from(["magnitude", "wanda"]))
+def test_kept_weights_are_unchanged(case: Case, pattern: str, scope: str, method: str) -> None:
+    found = run(method, case.operator(pattern, scope))[0]
+    kept = reference.widen(found, case.dtype) != 0
+    np.testing.assert_array_equal(found[kept], case.weight[kept])
+
+
+@quick
+@given(cases, some_pattern, some_scope, st.sampled_from(["wanda", "sparsegpt"]))
+def test_fista_is_no_worse_than_its_start(
+    case: Case, pattern: str, scope: str, start: str
+) -> None:
+    """In float32: the best point is kept before it is rounded to a half type."""
+    case = dataclasses.replace(case, weight=case.values.astype(np.float32), dtype="F32")
+    operator = case.operator(pattern, scope)
+    error = run("fista", operator, warm_start=start)[1]["error"]
+    assert error <= run(start, operator)[1]["error"]
+
+
+@quick
+@given(cases, st.sampled_from(sorted(METHODS)))
+def test_nothing_to_prune_changes_nothing(case: Case, method: str) -> None:
+    if case.dense is None:
+        found, certificate = run(method, case.operator("0%"))
+        assert bits_equal(found, case.weight)
+        assert certificate["error"] == 0
+
+
+@methods
+@pytest.mark.parametrize("dtype", ["BF16", "F16"])
+def test_a_half_type_is_the_float32_result_rounded_once(method: str, dtype: str) -> None:
+    half = Case.random(30, 48, dtype=dtype)
+    single = dataclasses.replace(half, weight=half.values.astype(np.float32), dtype="F32")
+    expected = reference.narrow(run(method, single.operator("2:4"))[0], dtype)
+    found = run(method, half.operator("2:4"))[0]
+    values = reference.widen(found, dtype)
+    assert bits_equal(found, expected)
+    assert bits_equal(reference.narrow(values, dtype), found)
+
+
+@methods
+def test_dead_channels(method: str) -> None:
+    case = Case.random(20, 48)
+    case.x[:, [3, 17, 18, 19, 47]] = 0
+    found, certificate = run(method, case.operator("2:4"))
+    assert certificate["dead_channels"] == 5
+    assert np.isfinite(found).all()
+    assert certificate["error"] == pytest.approx(case.error(found), rel=1e-4)
+
+
+@methods
+def test_an_input_that_is_always_zero(method: str) -> None:
+    case = Case.random(20, 48)
+    case.x[:] = 0
+    found, certificate = run(method, case.operator("2:4"))
+    assert np.isfinite(found).all()
+    assert (certificate["error"], certificate["dead_channels"]) == (0, 48)
+
+
+@methods
+def test_a_weight_of_zeros(method: str) -> None:
+    case = Case.random(20, 48)
+    case.weight[:] = 0
+    found, certificate = run(method, case.operator("2:4"))
+    assert not found.any()
+    assert (certificate["error"], certificate["sparsity"]) == (0, 1)
+
+
+@methods
+@pytest.mark.parametrize(("m", "n"), [(1, 48), (20, 4), (1, 4)])
+def test_the_smallest_shapes(method: str, m: int, n: int) -> None:
+    case = Case.random(m, n, tokens=20)
+    found, certificate = run(method, case.operator("2:4"))
+    assert (found != 0).sum() == m * n // 2
+    assert certificate["error"] == pytest.approx(case.error(found), rel=1e-4)
+
+
+def test_fewer_tokens_than_channels_need_damping() -> None:
+    operator = Case.random(20, 96, tokens=30).operator("2:4")
+    found, certificate = run("sparsegpt", operator)
+    assert np.isfinite(found).all()
+    assert 0 < certificate["error"] < run("magnitude", operator)[1]["error"]
+    with pytest.raises(ValueError, match=r"\(96 x 96\).*pivot \d+ with damping 0: use more cal"):
+        run("sparsegpt", operator, damping=0.0)
+
+
+def test_the_pivot_that_fails_is_named() -> None:
+    case = Case.random(20, 96)
+    case.x[:, 41] = 0
+    with pytest.raises(ValueError, match="not positive definite at pivot 41 with damping 0"):
+        run("sparsegpt", case.operator("2:4"), damping=0.0)
+
+
+@pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
+def test_activations_that_are_not_finite(bad: float) -> None:
+    x = np.ones((10, 8), np.float32)
+    spoiled = x.copy()
+    spoiled[3, 5] = bad
+    sums = _core.Statistics(8, corrected=True)
+    with pytest.raises(ValueError, match=r"^activations: non-finite value at flat index 29$"):
+        sums.add(spoiled, x)
+    with pytest.raises(ValueError, match=r"^dense activations: .* flat index 29$"):
+        sums.add(x, spoiled)
+    assert sums.tokens == 0
+    assert not sums.gram().any()
+
+
+def test_activations_of_the_wrong_kind() -> None:
+    sums, x = _core.Statistics(8), np.ones((10, 8), np.float32)
+    with pytest.raises(ValueError, match="x: expected 8 columns, found 7"):
+        sums.add(x[:, :7].copy())
+    with pytest.raises(ValueError, match="C-contiguous"):
+        sums.add(np.ones((10, 16), np.float32)[:, ::2])
+    with pytest.raises(ValueError, match="dense inputs go with corrected statistics only"):
+        sums.add(x, x)
+    corrected = _core.Statistics(8, corrected=True)
+    with pytest.raises(ValueError, match="dense inputs go with corrected statistics only"):
+        corrected.add(x)
+    with pytest.raises(ValueError, match=r"activations: expected .* 80 and Some\(72\) values"):
+        corrected.add(x, x[:9])
+    with pytest.raises(TypeError):
+        sums.add(x.astype(np.float64))
+    with pytest.raises(TypeError):
+        sums.add(x[0])
+
+
+@pytest.mark.parametrize(
+    ("dtype", "weight", "kind", "message"),
+    [
+        ("F32", np.ones((2, 8)), TypeError, r"weight: F32 needs a 2-D C-contiguous float32"),
+        ("F32", np.ones(8, np.float32), TypeError, "weight: F32 needs a 2-D"),
+        ("BF16", np.ones((2, 8), np.float32), TypeError, r"BF16 needs .* uint16 \(bit patterns\)"),
+        ("F16", np.ones((2, 8), np.float16), TypeError, r"F16 needs .* uint16 \(bit patterns\)"),
+        ("I8", np.ones((2, 8), np.int8), ValueError, "dtype I8: weights must be stored as F32, B"),
+        ("F32", np.ones((2, 16), np.float32)[:, ::2], ValueError, "C-contiguous"),
+        ("F32", np.ones((2, 6), np.float32), ValueError, "2:4 needs input columns divisible by 4"),
+        ("F32", np.ones((3, 12), np.float32), ValueError, "expected rows of 8 columns, found 36"),
+    ],
+)
+def test_weights_of_the_wrong_kind(
+    dtype: str, weight: np.ndarray, kind: type[Exception], message: str
+) -> None:
+    operator = dataclasses.replace(Case.random(2, 8).operator("2:4"), weight=weight, dtype=dtype)
+    for method in METHODS:
+        with pytest.raises(kind, match=message):
+            run(method, operator)
+
+
+def test_options_of_the_wrong_kind() -> None:
+    operator = Case.random(2, 8).operator("2:4")
+    with pytest.raises(ValueError, match='warm_start "x": expected "wanda" or "sparsegpt"'):
+        run("fista", operator, warm_start="x")
+    with pytest.raises(ValueError, match='scope "block": expected "row" or "matrix"'):
+        _core.Pattern("50%", "block")
+    for bad in ("2:5", "0:4", "5:4", "100%", "-1", "nan", ""):
+        with pytest.raises(ValueError, match=r"expected 2:4, 4:8, \.\.\., 50% or 0\.5"):
+            _core.Pattern(bad)
+
+
+def unfixed(reason: str) -> Any:
+    return pytest.mark.xfail(strict=True, reason=reason)
+
+
+@unfixed("the slice of a Fortran-ordered array is taken as if it were C-ordered")
+def test_a_transposed_view_is_refused() -> None:
+    operator = Case.random(8, 8).operator("2:4")
+    turned = dataclasses.replace(operator, weight=operator.weight.T)
+    with pytest.raises((ValueError, TypeError), match="C-contiguous"):
+        run("magnitude", turned)
+
+
+@unfixed("the slice of a Fortran-ordered array is taken as if it were C-ordered")
+def test_transposed_activations_are_refused() -> None:
+    with pytest.raises((ValueError, TypeError), match="C-contiguous"):
+        _core.Statistics(8).add(np.ones((8, 10), np.float32).T)
+
+
+@unfixed("only the number of values is compared with the statistics, not the columns")
+@methods
+def test_a_weight_of_another_width_is_refused(method: str) -> None:
+    operator = Case.random(4, 16).operator("2:4")
+    narrow = dataclasses.replace(operator, weight=operator.weight.reshape(8, 8))
+    with pytest.raises(ValueError, match="16 columns"):
+        run(method, narrow)
+
+
+@unfixed("only the number of values is compared with the statistics, not the columns")
+def test_held_out_statistics_of_another_width_are_refused() -> None:
+    operator = Case.random(4, 16).operator("2:4")
+    other = statistics(np.ones((20, 8), np.float32))
+    with pytest.raises(ValueError, match="columns"):
+        run("wanda", dataclasses.replace(operator, heldout=other))
+
+
+@unfixed("only the number of values of the dense inputs is checked")
+def test_dense_activations_of_another_shape_are_refused() -> None:
+    x = np.ones((10, 8), np.float32)
+    with pytest.raises(ValueError, match="dense"):
+        _core.Statistics(8, corrected=True).add(x, x.reshape(8, 10))
+
+
+@unfixed("f64::max turns a NaN error into 0")
+@methods
+def test_a_weight_that_is_not_finite_has_no_certificate_of_zero(method: str) -> None:
+    case = Case.random(4, 16)
+    case.weight[1, 2] = np.nan
+    with pytest.raises(ValueError, match=r"weight: non-finite value at flat index 18"):
+        run(method, case.operator("2:4"))
+
+
+@unfixed("squares that overflow float32 give an infinite Gram and a certificate of 0")
+def test_activations_whose_squares_overflow_are_refused() -> None:
+    with pytest.raises(ValueError, match="non-finite"):
+        Case.random(4, 16).operator("2:4").calibration.add(np.full((4, 16), 1e20, np.float32))
+
+
+@unfixed("a width of zero divides by zero")
+def test_statistics_of_no_channels_do_not_panic() -> None:
+    with pytest.raises(ValueError, match="width"):
+        _core.Statistics(0).add(np.ones((3, 0), np.float32))
+
+
+@unfixed("f32::clamp panics")
+@pytest.mark.parametrize("bad", [-1.0, np.nan])
+def test_a_lambda_out_of_range_is_refused(bad: float) -> None:
+    with pytest.raises(ValueError, match="lambda"):
+        run("fista", Case.random(4, 16).operator("2:4"), lambda_start=bad)
