@@ -1,17 +1,22 @@
 """What several test files need: tiny models, a text, and the real model where there is one."""
 
+import json
 import os
 import random
 from collections.abc import Callable
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import pytest
+
+if TYPE_CHECKING:
+    from tiny_models import Run
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
 
 ROOT = Path(__file__).parents[1]
-WORDS = "the of a model layer weight prunes keeps zero sum matrix row small large open text".split()
+WORDS = "the of a model layer weight keeps zero sum matrix row small large open text"
 
 
 @pytest.fixture(scope="session")
@@ -70,11 +75,46 @@ def tiny_llama(tiny: Callable[..., Path]) -> Path:
 
 
 @pytest.fixture(scope="session")
-def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """About 6,000 tokens of the tiny models, in documents of one line each."""
+def documents(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """About 6,000 tokens of the tiny models, in 60 documents."""
     chooser = random.Random(0)
-    lines = [" ".join(chooser.choices(WORDS, k=20)) for _ in range(60)]
-    path = tmp_path_factory.mktemp("text") / "text.txt"
-    path.write_text("\n".join(lines))
+    texts = [" ".join(chooser.choices(WORDS.split(), k=20)) for _ in range(60)]
+    path = tmp_path_factory.mktemp("text") / "text.jsonl"
+    path.write_text("\n".join(json.dumps({"text": text}) for text in texts))
+    return path
+
+
+@pytest.fixture(scope="session")
+def text(documents: Path) -> Path:
+    """The same as one document."""
+    path = documents.with_suffix(".txt")
+    texts = [json.loads(line)["text"] for line in documents.read_text().splitlines()]
+    path.write_text("\n".join(texts))
     assert path.stat().st_size > 5_000
     return path
+
+
+@pytest.fixture(scope="session")
+def compressed(
+    tiny: Callable[..., Path], documents: Path, tmp_path_factory: pytest.TempPathFactory
+) -> Callable[[str, str, str], "Run"]:
+    """`compressed(kind, method, pattern)`, run once for each; tests must not change the folders."""
+    from tiny_models import Run
+
+    from rsprune.config import Config
+    from rsprune.run import compress
+
+    made: dict[tuple[str, str, str], Run] = {}
+    options: dict[str, Any] = {"samples": 6, "seq_len": 32, "heldout": 0.34, "threads": 1}
+
+    def run_of(kind: str, method: str, pattern: str) -> "Run":
+        case = (kind, method, pattern)
+        if case not in made:
+            config = Config(calibration=str(documents), method=method, pattern=pattern, **options)
+            out = tmp_path_factory.mktemp("compressed") / "out"
+            model = tiny(kind, shards=3 if kind == "llama_tied" else 1)
+            compress(model, out, config)
+            made[case] = Run(model, out, config)
+        return made[case]
+
+    return run_of

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+
 from rsprune import _core, reference
 from rsprune.methods import Operator
 
@@ -116,10 +117,11 @@ class Case:
 
 
 def operators_of_layer(
-    model: Path, shared: Path, *, layer: int, pattern: str
+    model: Path, shared: Path, *, layer: int, pattern: str, rows: int
 ) -> Iterator[tuple[str, Operator]]:
-    """q, o, up and down of a real decoder layer with sums over 4 windows of 512 tokens."""
+    """First rows of q, o, up, down of a real layer, with sums over 4 windows of 512 tokens."""
     import torch
+
     from rsprune.calibrate import LayerJob
     from rsprune.config import Config
     from rsprune.data import calibration_windows, load_texts
@@ -169,7 +171,7 @@ def operators_of_layer(
             if short in ("q_proj", "o_proj", "up_proj", "down_proj"):
                 name = skeleton.disk_name(skeleton.layer_name(layer, f"{linear}.weight"))
                 assert name is not None
-                stored = checkpoint.lend(name)
+                stored = checkpoint.lend(name)[:rows]
                 wanted = _core.Pattern(pattern, "matrix")
                 yield short, Operator(stored, "BF16", wanted, sums.calibration, None)
     job.advance()

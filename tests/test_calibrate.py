@@ -13,17 +13,24 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from tiny_models import ordinary, token_ids
+
 from rsprune import _core
 from rsprune.blocks import Group
 from rsprune.calibrate import GroupStatistics, LayerJob
 from rsprune.checkpoint import Checkpoint
+from rsprune.config import Config
+from rsprune.data import calibration_windows, load_texts, split_heldout
 from rsprune.errors import RspruneError
+from rsprune.memory import PeakWatch
 from rsprune.methods.base import Inputs
-from rsprune.skeleton import Skeleton
+from rsprune.plan import prepare
+from rsprune.progress import NullProgress
+from rsprune.run import _Run
+from rsprune.skeleton import Skeleton, load_tokenizer
 from rsprune.stream import Stream
 from rsprune.timing import Timing
 from rsprune.windows import Split, Windows
-from tiny_models import ordinary, token_ids
 
 TOKENS = 12
 SPLIT = Split(calibration=3, heldout=2)
@@ -281,14 +288,6 @@ def test_windows_in_a_file_are_the_same(tmp_path: Path):
 
 
 def test_calibration_windows_come_before_the_held_out_ones(tiny_llama: Path, text: Path):
-    from rsprune.config import Config
-    from rsprune.data import calibration_windows, load_texts, split_heldout
-    from rsprune.memory import PeakWatch
-    from rsprune.plan import prepare
-    from rsprune.progress import NullProgress
-    from rsprune.run import _Run
-    from rsprune.skeleton import load_tokenizer
-
     options = {"samples": 8, "seq_len": 16, "heldout": 0.25, "threads": 1}
     config = Config(calibration=str(text), **options)
     run = _Run(prepare(tiny_llama, config, None), config, NullProgress(), PeakWatch())

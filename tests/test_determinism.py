@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 import pytest
 from reference_cases import METHODS, Case, run, statistics
+
 from rsprune import _core
 
 THREADS = (1, 2, 5)
@@ -132,8 +133,9 @@ def test_a_forked_child_has_a_pool_of_its_own() -> None:
 
 
 LONG_FISTA = """
-import sys
+import signal
 import reference_cases as r
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a background shell may ignore it
 operator = r.Case.random(400, 1024, tokens=1100).operator("2:4")
 print("ready", flush=True)
 r.run("fista", operator, threads=2, iterations=10_000_000)

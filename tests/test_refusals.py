@@ -12,13 +12,14 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
+
 from rsprune import plan
 from rsprune.cli import main
 from rsprune.config import Config
 from rsprune.errors import RspruneError, UsageError
 from rsprune.plan import make_plan
 from rsprune.run import compress
-from safetensors.torch import load_file, save_file
 
 SMALL: dict[str, Any] = {"samples": 4, "seq_len": 32, "threads": 1}
 DOWN = "model.layers.1.mlp.down_proj.weight"
@@ -70,7 +71,7 @@ def truncate(folder: Path) -> None:
 def leave_the_folder(folder: Path) -> None:
     path = folder / "model.safetensors.index.json"
     index = json.loads(path.read_text())
-    path.with_name("..").joinpath("outside.safetensors").write_bytes(shard_of(folder, DOWN).read_bytes())
+    shutil.copyfile(shard_of(folder, DOWN), folder.with_name("outside.safetensors"))
     edit_json(path, weight_map=index["weight_map"] | {DOWN: "../outside.safetensors"})
 
 
@@ -165,7 +166,7 @@ def test_a_pattern_that_does_not_divide(tiny_llama: Path, tmp_path: Path, out: P
 
 def test_too_few_tokens_for_a_dimension_are_warned_of(tiny_llama: Path):
     few = make_plan(tiny_llama, Config(**SMALL))
-    assert any("down_proj.weight: 112 calibration tokens" in line for line in few.warnings)
+    assert any("down_proj.weight: 96 calibration tokens" in line for line in few.warnings)
     assert make_plan(tiny_llama, Config(**SMALL | {"samples": 8})).warnings == []
 
 
@@ -189,7 +190,7 @@ def test_never_over_the_input(model: Path, place: str, overwrite: bool):
 def test_an_output_that_exists(model: Path, out: Path):
     out.mkdir(parents=True)
     (out / "thesis.txt").write_text("years of work")
-    with pytest.raises(UsageError, match="exists already.*--overwrite"):
+    with pytest.raises(UsageError, match=r"exists already.*--overwrite"):
         compress(model, out, Config(**SMALL))
     assert contents(out.parent) == {Path("out/thesis.txt"): b"years of work"}
 
@@ -209,8 +210,8 @@ def contents(folder: Path) -> dict[Path, bytes]:
 
 @pytest.mark.parametrize("method", ["sparsegpt", "fista"])
 def test_activations_that_overflow_are_located(model: Path, out: Path, text: Path, method: str):
-    """One token's embedding is finite, but its square is not: the norm gives zeros, then NaN."""
-    (token,) = {byte for byte in text.read_bytes()[:1]}
+    """All weights are finite; what the first layer adds to one token's embedding is not."""
+    token = text.read_bytes()[0]
 
     def explode(tensor: torch.Tensor) -> torch.Tensor:
         tensor[token] = 3e38

@@ -6,14 +6,15 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+from tiny_models import GROUPS, KINDS, LAYERS, make, ordinary, save_tokenizer, token_ids
+
 from rsprune.checkpoint import Checkpoint
 from rsprune.errors import RspruneError
 from rsprune.evaluate import perplexity
 from rsprune.skeleton import MissingTensorsError, Skeleton
 from rsprune.stream import Stream
-from safetensors import safe_open
-from safetensors.torch import load_file, save_file
-from tiny_models import GROUPS, KINDS, LAYERS, make, ordinary, save_tokenizer, token_ids
 
 Tiny = Callable[..., Path]
 
@@ -114,7 +115,8 @@ def test_names_without_the_prefix_of_the_base_model(tiny: Tiny, tmp_path: Path, 
 def test_every_tensor_of_a_layer_is_told_apart(tiny: Tiny, kind: str):
     skeleton = Skeleton(Checkpoint.open(tiny(kind)))
     for index, layer in enumerate(skeleton.layers):
-        own = {skeleton.disk_name(skeleton.layer_name(index, n)) for n, _ in layer.named_parameters()}
+        names = [skeleton.layer_name(index, name) for name, _ in layer.named_parameters()]
+        own = {skeleton.disk_name(name) for name in names}
         assert own == {n for n in skeleton.checkpoint.tensors if skeleton.layer_of(n) == index}
 
 

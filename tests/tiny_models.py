@@ -5,10 +5,13 @@ caps, sliding windows), weights large enough that every part of a layer changes 
 tokenizer with one token a byte.
 """
 
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+
+from rsprune.config import Config
 
 VOCABULARY = 300
 LAYERS = 3
@@ -70,9 +73,16 @@ GROUPS = {
 """What discovery must find: linears that share an input, in order of use."""
 
 
-def build(
-    kind: str, folder: Path, *, dtype: torch.dtype = torch.bfloat16, shards: int = 1
-) -> Path:
+@dataclass(frozen=True)
+class Run:
+    """A compressed tiny model."""
+
+    model: Path
+    out: Path
+    config: Config
+
+
+def build(kind: str, folder: Path, *, dtype: torch.dtype = torch.bfloat16, shards: int = 1) -> Path:
     """Writes a model and its tokenizer; the same bytes for the same arguments.
 
     Args:
@@ -136,3 +146,11 @@ def ordinary(folder: Path) -> Any:
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
     model.config.use_cache = False
     return model.eval().requires_grad_(False)
+
+
+def tensors_of(folder: Path) -> dict[str, torch.Tensor]:
+    """All tensors of a folder, by name."""
+    from safetensors.torch import load_file
+
+    files = (load_file(path) for path in sorted(folder.glob("*.safetensors")))
+    return {name: tensor for file in files for name, tensor in file.items()}
