@@ -47,6 +47,11 @@ def statistics(
     return sums
 
 
+def bits_equal(a: np.ndarray, b: np.ndarray) -> bool:
+    """Also tells -0 from 0."""
+    return a.dtype == b.dtype and a.tobytes() == b.tobytes()
+
+
 def activations(rng: np.random.Generator, tokens: int, n: int) -> np.ndarray:
     """Inputs as layers have them: correlated, with heavy-tailed channel scales."""
     hidden = rng.standard_normal((tokens, n)) * (1 + np.arange(n)) ** -0.5

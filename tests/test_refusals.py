@@ -187,6 +187,17 @@ def test_never_over_the_input(model: Path, place: str, overwrite: bool):
     assert contents(model.parent) == before
 
 
+def test_never_over_a_gguf_file(tiny_llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """The checkpoint that it is converted to lies elsewhere."""
+    file = tmp_path / "folder" / "model.gguf"
+    file.parent.mkdir()
+    file.write_bytes(b"GGUF")
+    monkeypatch.setattr("rsprune.run.resolve", lambda *_, **__: tiny_llama)
+    with pytest.raises(UsageError, match="must lie apart from the input"):
+        compress(file, file.parent, Config(**SMALL), overwrite=True)
+    assert contents(tmp_path) == {Path("folder/model.gguf"): b"GGUF"}
+
+
 def test_an_output_that_exists(model: Path, out: Path):
     out.mkdir(parents=True)
     (out / "thesis.txt").write_text("years of work")

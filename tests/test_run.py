@@ -96,6 +96,14 @@ def test_tied_tensors_are_written_once(compressed: Runs, tmp_path: Path):
     compress(model, tmp_path / "out", run.config)
     assert shard_bytes(tmp_path / "out") == shard_bytes(run.out)
     assert verify(tmp_path / "out") == []
+    index = "model.safetensors.index.json"
+    assert (tmp_path / "out" / index).read_bytes() == (run.out / index).read_bytes()
+    other = {**tensors, "lm_head.weight": embedding + 1}  # transformers does not tie these
+    save_file(other, model / "model.safetensors")
+    compress(model, tmp_path / "both", run.config)
+    both = tensors_of(tmp_path / "both")
+    assert torch.equal(both["lm_head.weight"], embedding + 1)
+    assert torch.equal(both["model.embed_tokens.weight"], embedding)
 
 
 def test_ignored_tensors_stay_dense(compressed: Runs, tmp_path: Path):

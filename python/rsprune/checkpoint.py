@@ -8,8 +8,10 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import os
 import shutil
+import tempfile
 import warnings
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -116,10 +118,11 @@ class OutputFolder:
     """The folder that is being written: `<out>.partial` until `commit`."""
 
     def __init__(self, out: Path) -> None:
-        self.out = out
-        self.folder = out.with_name(out.name + ".partial")
+        self.out = Path(os.path.abspath(out))
+        self.folder = _partial(self.out)
         self._files: dict[str, str] = {}
         self.total_bytes = 0
+        self.total_parameters = 0
         shutil.rmtree(self.folder, ignore_errors=True)
         self.folder.mkdir(parents=True)
         self.scratch = self.folder / ".scratch"
@@ -142,6 +145,7 @@ class OutputFolder:
             writer.put(info.name, data)
             self._files[info.name] = file
             self.total_bytes += info.nbytes
+            self.total_parameters += math.prod(info.shape)
         writer.finish()
         path = self.folder / file
         return {"file": file, "bytes": path.stat().st_size, "sha256": sha256(path)}
@@ -163,20 +167,27 @@ class OutputFolder:
         """Writes a small file by temporary file and rename."""
         _core.write_file(self.folder / name, text.encode("utf-8"))
 
-    def write_index(self, parameters: int) -> None:
+    def write_index(self) -> None:
         """Writes the index: from now on the folder can be loaded."""
-        metadata = {"total_size": self.total_bytes, "total_parameters": parameters}
+        metadata = {"total_size": self.total_bytes, "total_parameters": self.total_parameters}
         index = {"metadata": metadata, "weight_map": dict(sorted(self._files.items()))}
         self.write_text("model.safetensors.index.json", json.dumps(index, indent=2) + "\n")
 
     def commit(self) -> None:
         """Gives the folder its name; an older output of that name goes only now."""
         shutil.rmtree(self.scratch)
-        old = self.out.with_name(self.out.name + ".old")
-        if self.out.exists():
+        if not self.out.exists():
+            os.rename(self.folder, self.out)
+            return
+        prefix = f".{self.out.name}-"
+        with tempfile.TemporaryDirectory(dir=self.out.parent, prefix=prefix) as aside:
+            old = Path(aside, "old")
             os.rename(self.out, old)
-        os.rename(self.folder, self.out)
-        shutil.rmtree(old, ignore_errors=True)
+            try:
+                os.rename(self.folder, self.out)
+            except BaseException:
+                os.rename(old, self.out)
+                raise
 
     def discard(self) -> None:
         """Removes everything that was written."""
@@ -189,13 +200,19 @@ def check_output(out: Path, source: Path, *, overwrite: bool) -> None:
     Raises:
         UsageError: in these cases.
     """
-    target, origin = out.resolve(), source.resolve()
-    if target == origin or target in origin.parents or origin in target.parents:
-        raise UsageError(f"output {out}: must lie apart from the input {source}")
+    origin = source.resolve()
+    for target in (out.resolve(), _partial(Path(os.path.abspath(out))).resolve()):
+        if target == origin or target in origin.parents or origin in target.parents:
+            raise UsageError(f"output {out}: must lie apart from the input {source}")
     if out.exists() and not overwrite:
         raise UsageError(f"output {out}: exists already; name another or pass --overwrite")
     if out.exists() and not out.is_dir():
         raise UsageError(f"output {out}: expected a folder, found a file")
+
+
+def _partial(out: Path) -> Path:
+    """Where the output is built."""
+    return out.with_name(out.name + ".partial")
 
 
 def free_bytes(path: Path) -> int:

@@ -193,8 +193,11 @@ def _memory(skeleton: Skeleton, opening: Opening, inputs: Inputs, config: Config
     widest = max(p.numel() for layer in skeleton.layers for p in layer.parameters() if p.dim() == 2)
     channels = skeleton.channels
     window = config.seq_len * channels * 4
-    held = 1 if inputs.propagate == "model" and inputs.target == "own" else 2
-    cached = (2 if inputs.target == "dense" else 1) if inputs.true_sequential else 1
+    held = 1 if inputs.propagate == "model" else 2  # a layer's inputs; beside them its outputs
+    if inputs.propagate == "model" and inputs.target == "dense":
+        held = 3
+    paths_cached = 2 if inputs.propagate == "layer" or inputs.target == "dense" else 1
+    cached = paths_cached if inputs.true_sequential else 0
     return {
         "python, torch and the model's structure": rss_anon(),
         "decoder layer (float32)": layer * 4 * paths,
@@ -207,7 +210,8 @@ def _memory(skeleton: Skeleton, opening: Opening, inputs: Inputs, config: Config
 
 def _gram_bytes(groups: tuple[Group, ...], inputs: Inputs, config: Config) -> int:
     kinds = 2 if config.heldout > 0 else 1
-    sums = 3 if inputs.target == "dense" and inputs.true_sequential else 1
+    drifts = inputs.true_sequential or inputs.propagate == "model"
+    sums = 3 if inputs.target == "dense" and drifts else 1
     each = [g.width**2 * GRAM_BYTES * kinds * sums for g in groups]
     return max(each) if inputs.true_sequential else sum(each)
 
@@ -237,11 +241,17 @@ def _check_disk(plan: Plan, out: Path | None, spill: int) -> None:
 
 def _passes(inputs: Inputs) -> str:
     """How often a layer is run over all windows; replays make later parts start midway."""
+    parts = []
+    if inputs.propagate == "layer" or inputs.target == "dense":
+        again = inputs.true_sequential and inputs.target == "dense"
+        parts.append("dense 1 whole + 1 partial" if again else "dense 1 whole")
     if inputs.true_sequential:
-        return "dense 1 whole + 1 partial, own 1 to the attention output + 1 of the MLP"
-    if inputs.propagate == "layer":
-        return "dense 1 whole"
-    return "own 1 to the last input + 1 whole"
+        parts.append("own 1 to the attention output + 1 of the MLP")
+    elif inputs.propagate == "model":
+        parts.append("own 1 to the last input")
+    if inputs.propagate == "model":
+        parts[-1] += " + 1 partial" if inputs.true_sequential else " + 1 whole"
+    return ", ".join(parts)
 
 
 def _warnings(operators: list[Operator], config: Config) -> list[str]:

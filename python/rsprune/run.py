@@ -15,7 +15,6 @@ finish          shard of the rest, other files, card, index; one rename
 from __future__ import annotations
 
 import dataclasses
-import math
 import time
 from pathlib import Path
 from typing import Any
@@ -69,7 +68,8 @@ def compress(
     config = config or Config()
     progress = progress or NullProgress()
     folder = resolve(str(model), progress=progress.note)
-    check_output(Path(out), folder, overwrite=overwrite)
+    for source in (folder, Path(model).expanduser()):  # a GGUF file, too, is an input
+        check_output(Path(out), source, overwrite=overwrite)
     with PeakWatch() as peak:
         run = _Run(prepare(folder, config, Path(out)), config, progress, peak)
         run.read_inputs()
@@ -240,7 +240,7 @@ class _Run:
         text = model_card(report, source_card=source_card, base_model=model)
         output.write_text("README.md", text)
         output.write_text("recipe.yaml", self.config.to_recipe())
-        output.write_index(sum(math.prod(t.shape) for t in checkpoint.tensors.values()))
+        output.write_index()
         output.commit()
 
     def _operator(self, layer: int, linear: str) -> Operator | None:

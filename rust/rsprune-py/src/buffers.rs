@@ -43,9 +43,9 @@ impl<'py> Stored<'py> {
     /// The values in f32.
     pub fn widen(&self) -> PyResult<Vec<f32>> {
         Ok(match self {
-            Stored::Single(a) => contiguous(a.as_slice())?.to_vec(),
+            Stored::Single(a) => row_major("weight", a)?.to_vec(),
             Stored::Half(a, float) => {
-                contiguous(a.as_slice())?.iter().map(|b| float.from_bits(*b)).collect()
+                row_major("weight", a)?.iter().map(|b| float.from_bits(*b)).collect()
             }
         })
     }
@@ -77,7 +77,18 @@ pub fn matrix<T: numpy::Element>(
     numpy::PyArray1::from_vec(py, values).reshape([rows, cols])
 }
 
-/// The slice of a C-contiguous array.
+/// The values of a matrix row by row; a transposed view is refused, not read as if it were one.
+pub fn row_major<'a, T: numpy::Element>(
+    what: &str,
+    array: &'a PyReadonlyArray2<'_, T>,
+) -> PyResult<&'a [T]> {
+    if !array.is_c_contiguous() {
+        return Err(PyValueError::new_err(format!("{what}: expected C-contiguous memory")));
+    }
+    contiguous(array.as_slice())
+}
+
+/// The slice of a one-dimensional array.
 pub fn contiguous<T, E>(slice: Result<T, E>) -> PyResult<T> {
     slice.map_err(|_| PyValueError::new_err("array: expected C-contiguous memory"))
 }

@@ -1,10 +1,10 @@
 //! Statistics and methods.
 
-use crate::buffers::{Stored, contiguous, matrix, store};
+use crate::buffers::{Stored, matrix, row_major, store};
 use crate::enter::run;
 use crate::errors::to_py;
 use numpy::{PyArray1, PyArray2, PyReadonlyArray2, PyUntypedArrayMethods};
-use pyo3::exceptions::PyValueError;
+use pyo3::exceptions::{PyTypeError, PyValueError};
 use pyo3::prelude::*;
 use pyo3::types::PyDict;
 use rsprune_core::Result;
@@ -67,6 +67,22 @@ struct Statistics {
 }
 
 impl Statistics {
+    fn activations<'py>(
+        &self,
+        what: &str,
+        array: &Bound<'py, PyAny>,
+    ) -> PyResult<PyReadonlyArray2<'py, f32>> {
+        let width = self.read(solve::Statistics::width);
+        let found: PyReadonlyArray2<'py, f32> = array.extract().map_err(|_| {
+            PyTypeError::new_err(format!("{what}: expected a float32 array [tokens, {width}]"))
+        })?;
+        if width == 0 || found.shape()[1] != width {
+            let message = format!("{what}: expected {width} columns, found {}", found.shape()[1]);
+            return Err(PyValueError::new_err(message));
+        }
+        Ok(found)
+    }
+
     fn read<T>(&self, f: impl FnOnce(&solve::Statistics) -> T) -> T {
         f(&self.inner.read().unwrap_or_else(|e| e.into_inner()))
     }
@@ -87,17 +103,18 @@ impl Statistics {
     fn add(
         &self,
         py: Python<'_>,
-        x: PyReadonlyArray2<'_, f32>,
-        dense: Option<PyReadonlyArray2<'_, f32>>,
+        x: &Bound<'_, PyAny>,
+        dense: Option<&Bound<'_, PyAny>>,
         threads: Option<usize>,
     ) -> PyResult<()> {
-        let width = self.read(solve::Statistics::width);
-        if x.shape()[1] != width {
-            let message = format!("x: expected {width} columns, found {}", x.shape()[1]);
+        let x = self.activations("x", x)?;
+        let dense = dense.map(|d| self.activations("dense", d)).transpose()?;
+        if let Some(dense) = dense.as_ref().filter(|d| d.shape() != x.shape()) {
+            let message = format!("dense: expected {:?}, found {:?}", x.shape(), dense.shape());
             return Err(PyValueError::new_err(message));
         }
-        let x = contiguous(x.as_slice())?;
-        let dense = dense.as_ref().map(|d| contiguous(d.as_slice())).transpose()?;
+        let x = row_major("x", &x)?;
+        let dense = dense.as_ref().map(|d| row_major("dense", d)).transpose()?;
         run(py, threads, |job| {
             let mut inner = self.inner.write().unwrap_or_else(|e| e.into_inner());
             inner.add(job, &Kernel::select()?, x, dense)
@@ -166,6 +183,8 @@ fn solve_with<'py>(
     let (calibration, heldout) = (operator.calibration.get(), operator.heldout.as_ref());
     let heldout = heldout.map(|h| h.get());
     pattern.check("weight", shape.1).map_err(to_py)?;
+    check_width("calibration", calibration, shape.1)?;
+    heldout.map_or(Ok(()), |h| check_width("heldout", h, shape.1))?;
     let solution = run(py, threads, |job| {
         let calibration = calibration.inner.read().unwrap_or_else(|e| e.into_inner());
         let heldout = heldout.map(|h| h.inner.read().unwrap_or_else(|e| e.into_inner()));
@@ -174,6 +193,15 @@ fn solve_with<'py>(
     })?;
     let certificate = certificate_dict(py, &solution.certificate)?;
     Ok((store(py, solution.values, shape, float)?, certificate))
+}
+
+fn check_width(what: &str, statistics: &Statistics, columns: usize) -> PyResult<()> {
+    match statistics.read(solve::Statistics::width) {
+        width if width == columns => Ok(()),
+        width => Err(PyValueError::new_err(format!(
+            "{what}: expected statistics of {columns} channels (the weight's columns), found {width}"
+        ))),
+    }
 }
 
 fn certificate_dict<'py>(py: Python<'py>, c: &Certificate) -> PyResult<Bound<'py, PyDict>> {

@@ -45,6 +45,9 @@ impl<'a> GramQuadratic<'a> {
             });
         }
         let unit = stats.diagonal().iter().sum::<f64>() / n as f64;
+        if !unit.is_finite() {
+            return Err(Error::NonFinite { what: "squares of the activations".into(), index: 0 });
+        }
         let scale = if unit > 0.0 { 1.0 / unit } else { 1.0 };
         let gram = stats.matrix(job, Sum::Gram, scale)?;
         let packed = PackedB::new(&kernel, &gram, n, n, n);
@@ -101,17 +104,20 @@ impl<'a> GramQuadratic<'a> {
         let d: Vec<f32> = v.iter().zip(self.weight).map(|(a, b)| a - b).collect();
         let cross = self.linear.as_ref().map_or(0.0, |b| dot(&d, b));
         let error = self.form(job, &d, &self.packed)? + 2.0 * cross + self.constant;
-        Ok(self.relative(error))
+        self.relative(error)
     }
 
     /// `|| (A - B) X* ||^2 / || W X ||^2`.
     pub fn relative_distance(&self, job: &Job, a: &[f32], b: &[f32]) -> Result<f64> {
         let d: Vec<f32> = a.iter().zip(b).map(|(x, y)| x - y).collect();
-        Ok(self.relative(self.form(job, &d, &self.packed)?))
+        self.relative(self.form(job, &d, &self.packed)?)
     }
 
-    fn relative(&self, error: f64) -> f64 {
+    fn relative(&self, error: f64) -> Result<f64> {
+        if !error.is_finite() || !self.energy.is_finite() {
+            return Err(Error::NonFinite { what: "squared output error".into(), index: 0 });
+        }
         // Rounding may leave a tiny negative square; an operator without input has no error.
-        if self.energy > 0.0 { error.max(0.0) / self.energy } else { 0.0 }
+        Ok(if self.energy > 0.0 { error.max(0.0) / self.energy } else { 0.0 })
     }
 }

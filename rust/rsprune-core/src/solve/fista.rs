@@ -21,7 +21,7 @@
 use super::score::wanda_point;
 use super::sparsegpt::sparsegpt_point;
 use super::{GramQuadratic, Solution, Task};
-use crate::error::Result;
+use crate::error::{Error, Result};
 use crate::linalg::{ROW_BLOCK, Scratch, dot, gemm, largest_eigenvalue};
 use crate::par::Job;
 
@@ -69,6 +69,10 @@ impl Default for FistaOptions {
 
 /// Solves one operator; see the module's header.
 pub fn fista(job: &Job, task: &Task, options: &FistaOptions) -> Result<Solution> {
+    if !(options.lambda > 0.0 && options.lambda.is_finite()) {
+        let found = options.lambda;
+        return Err(Error::Option(format!("lambda_start: must be positive, found {found}")));
+    }
     let term = GramQuadratic::new(job, task.weight, task.calibration)?;
     let mut best = match options.warm_start {
         WarmStart::Wanda => wanda_point(task),
@@ -77,7 +81,7 @@ pub fn fista(job: &Job, task: &Task, options: &FistaOptions) -> Result<Solution>
     let mut best_error = term.relative_error(job, &best)?;
     let mut search = LambdaSearch::new(options.lambda);
     let (mut rounds, mut stale, mut best_lambda) = (0, 0, 0.0);
-    let lipschitz = largest_eigenvalue(&term.gram, term.n);
+    let lipschitz = largest_eigenvalue(job, &term.gram, term.n)?;
     let scale = (dot(task.weight, task.weight) / task.weight.len().max(1) as f64).sqrt();
     while lipschitz > 0.0 && stale < options.patience && rounds < options.max_rounds {
         let prox = Prox { step: 1.0 / lipschitz, threshold: search.lambda * scale / lipschitz };

@@ -10,7 +10,7 @@
 //! (keep-of), of every 128 columns when the block is reached (ratios; over all rows, or per row).
 
 use super::{GramQuadratic, Solution, Task};
-use crate::error::Result;
+use crate::error::{Error, Result};
 use crate::linalg::{PackedB, ROW_BLOCK, Scratch, gemm, reversed_cholesky, solve_rows};
 use crate::par::Job;
 use crate::pattern::{Pattern, Scope, for_smallest};
@@ -33,6 +33,9 @@ pub(super) fn sparsegpt_point(
     damping: f64,
 ) -> Result<Vec<f32>> {
     let n = task.cols();
+    if !(damping >= 0.0 && damping.is_finite()) {
+        return Err(Error::Option(format!("damping: must be at least 0, found {damping}")));
+    }
     let mut r = term.gram.clone();
     (0..n).for_each(|i| r[i * n + i] += damping as f32); // the mean of diag(G) is one
     reversed_cholesky(job, &term.kernel, &mut r, n, damping)?;
@@ -92,7 +95,7 @@ impl Sweep<'_> {
         let (n, r, target) = (self.n, self.r, self.target);
         let shared = match pattern {
             Pattern::Ratio { sparsity, scope: Scope::Matrix } => {
-                Some(self.block_mask(sparsity, b0, b1))
+                Some(self.block_mask(job, sparsity, b0, b1)?)
             }
             _ => None,
         };
@@ -108,18 +111,45 @@ impl Sweep<'_> {
     }
 
     /// Which weights of the block go (true), chosen over all rows together.
-    fn block_mask(&self, sparsity: f64, b0: usize, b1: usize) -> Vec<bool> {
-        let rows = self.values.chunks_exact(self.n);
-        let scores: Vec<f32> =
-            rows.flat_map(|row| (b0..b1).map(|j| score(row[j], self.r[j * self.n + j]))).collect();
+    fn block_mask(&self, job: &Job, sparsity: f64, b0: usize, b1: usize) -> Result<Vec<bool>> {
+        let (n, w) = (self.n, b1 - b0);
+        let mut scores = vec![0.0f32; self.values.len() / n * w];
+        job.map_blocks(&mut scores, ROW_BLOCK * w, |i, scores| {
+            for (k, scores) in scores.chunks_exact_mut(w).enumerate() {
+                let at = (i * ROW_BLOCK + k) * n;
+                let (row, target) = (&self.values[at..at + n], &self.target[at..at + n]);
+                unit_scores(row, target, self.r, (b0, b0), &[0.0; BLOCK], scores);
+            }
+            Ok(())
+        })?;
         let mut mask = vec![false; scores.len()];
         for_smallest(&scores, Pattern::zeros(sparsity, scores.len()), |i| mask[i] = true);
-        mask
+        Ok(mask)
     }
 }
 
-fn score(value: f32, r_jj: f32) -> f32 {
-    (value * r_jj).abs()
+/// Scores of the columns `first..first + scores.len()` of block `b0`, all as they stand when
+/// `first` is reached.
+///
+/// A column's value then includes what the columns before it pass on while nothing of the unit is
+/// pruned yet; in terms of `R` those pass on the change that they underwent themselves.
+fn unit_scores(
+    row: &[f32],
+    target: &[f32],
+    r: &[f32],
+    (b0, first): (usize, usize),
+    pending: &[f32; BLOCK],
+    scores: &mut [f32],
+) {
+    let (n, last) = (row.len(), first + scores.len());
+    let mut sums = *pending;
+    for (c, score) in (first..last).zip(scores) {
+        let now = row[c] + sums[c - b0] / r[c * n + c];
+        *score = (now * r[c * n + c]).abs();
+        let moved = target[c] - now;
+        let later = &mut sums[c + 1 - b0..last - b0];
+        later.iter_mut().zip(&r[c * n + c + 1..]).for_each(|(s, r)| *s += moved * r);
+    }
 }
 
 /// Prunes one block of one row, feeding each loss to the later columns of the block.
@@ -144,9 +174,8 @@ fn prune_row(
     }
     for j in b0..b1 {
         if shared.is_none() && (j - b0).is_multiple_of(unit) {
-            let now = |c: usize| row[c] + pending[c - b0] / diagonal(c);
             let mut scores = [0.0f32; BLOCK];
-            (0..unit).for_each(|i| scores[i] = score(now(j + i), diagonal(j + i)));
+            unit_scores(row, target, r, (b0, j), &pending, &mut scores[..unit]);
             let zeros = match pattern {
                 Pattern::KeepOf { keep, of } => of - keep,
                 Pattern::Ratio { sparsity, .. } => Pattern::zeros(sparsity, unit),

@@ -71,7 +71,10 @@ impl Statistics {
     }
 
     fn check(&self, x: &[f32], dense: Option<&[f32]>) -> Result<usize> {
-        if !x.len().is_multiple_of(self.n) || dense.is_some_and(|d| d.len() != x.len()) {
+        if self.n == 0
+            || !x.len().is_multiple_of(self.n)
+            || dense.is_some_and(|d| d.len() != x.len())
+        {
             return Err(Error::Shape {
                 what: "activations".into(),
                 expected: format!("tokens x {} twice", self.n),

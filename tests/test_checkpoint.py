@@ -1,0 +1,251 @@
+"""Tensors lent from shards, and an output folder that appears whole or not at all."""
+
+import hashlib
+import json
+import os
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from rsprune import _core
+from rsprune.checkpoint import Checkpoint, OutputFolder, check_output, free_bytes, sha256
+from rsprune.errors import UsageError
+
+TENSORS = {
+    "a.weight": torch.arange(12, dtype=torch.bfloat16).reshape(3, 4),
+    "b.weight": torch.linspace(-1, 1, 8).reshape(2, 4),
+    "b.bias": torch.tensor([1.5, -2.0], dtype=torch.float16),
+    "steps": torch.arange(3),
+    "empty": torch.zeros(0, 4),
+}
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """Two shards and an index."""
+    target = tmp_path / "model"
+    target.mkdir()
+    parts = {"one.safetensors": ("a.weight", "empty"), "two.safetensors": ()}
+    parts["two.safetensors"] = tuple(set(TENSORS) - set(parts["one.safetensors"]))
+    for file, names in parts.items():
+        save_file({name: TENSORS[name] for name in names}, target / file)
+    index = {name: file for file, names in parts.items() for name in names}
+    (target / "model.safetensors.index.json").write_text(json.dumps({"weight_map": index}))
+    return target
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    files = (path for path in folder.rglob("*") if path.is_file())
+    return {str(path.relative_to(folder)): path.read_bytes() for path in files}
+
+
+def test_tensors_are_seen_as_they_are_stored(folder: Path):
+    checkpoint = Checkpoint.open(folder)
+    assert set(checkpoint.tensors) == set(TENSORS)
+    for name, expected in TENSORS.items():
+        view, info = checkpoint.view(name), checkpoint.tensors[name]
+        assert (view.dtype, view.shape) == (expected.dtype, expected.shape)
+        assert (info.shape, info.nbytes) == (tuple(expected.shape), expected.nbytes)
+        assert torch.equal(view, expected)
+        raw = checkpoint.read(name)
+        assert raw.tobytes() == expected.reshape(-1).view(torch.uint8).numpy().tobytes()
+
+
+def test_solvers_get_half_types_as_bits_without_a_copy(folder: Path):
+    checkpoint = Checkpoint.open(folder)
+    lent = checkpoint.lend("a.weight")
+    assert (lent.dtype, lent.shape, lent.flags.owndata) == (np.uint16, (3, 4), False)
+    assert np.array_equal(lent, TENSORS["a.weight"].view(torch.int16).numpy().view(np.uint16))
+    assert checkpoint.lend("b.weight").dtype == np.float32
+    assert not lent.flags.writeable  # the input cannot be changed by accident
+
+
+def test_tensors_that_the_index_does_not_name_are_not_there(folder: Path):
+    path = folder / "model.safetensors.index.json"
+    index = json.loads(path.read_text())
+    del index["weight_map"]["steps"]
+    path.write_text(json.dumps(index))
+    assert set(Checkpoint.open(folder).tensors) == set(TENSORS) - {"steps"}
+
+
+def test_only_what_is_asked_for_must_be_finite(folder: Path):
+    bad = {**load_file(folder / "one.safetensors"), "a.weight": TENSORS["a.weight"].clone()}
+    bad["a.weight"][2, 1] = torch.inf
+    save_file(bad, folder / "one.safetensors")
+    checkpoint = Checkpoint.open(folder)
+    checkpoint.check_finite(["b.weight", "steps", "empty"])
+    with pytest.raises(UsageError, match=r"a\.weight: .*found inf at flat index 9"):
+        checkpoint.check_finite(checkpoint.tensors)
+
+
+def test_an_output_is_committed_by_one_rename(folder: Path, tmp_path: Path):
+    out = tmp_path / "deep" / "out"
+    output = OutputFolder(out)
+    assert output.folder == tmp_path / "deep" / "out.partial"
+    changed = np.zeros((3, 4), np.uint16)
+    checkpoint = Checkpoint.open(folder)
+    record = output.put_shard(
+        "s.safetensors", checkpoint, ["a.weight", "steps"], {"a.weight": changed}
+    )
+    output.put_shard("r.safetensors", checkpoint, ["b.weight", "b.bias", "empty"], {})
+    assert not out.exists()
+    written = output.folder / "s.safetensors"
+    assert record["bytes"] == written.stat().st_size
+    assert record["sha256"] == hashlib.sha256(written.read_bytes()).hexdigest() == sha256(written)
+    output.write_index()
+    output.commit()
+    assert [path.name for path in out.parent.iterdir()] == ["out"]
+    assert sorted(contents(out)) == [
+        "model.safetensors.index.json",
+        "r.safetensors",
+        "s.safetensors",
+    ]
+    after = Checkpoint.open(out)
+    assert set(after.tensors) == set(TENSORS)
+    assert not after.view("a.weight").any()
+    for name in set(TENSORS) - {"a.weight"}:
+        assert torch.equal(after.view(name), TENSORS[name])
+    index = json.loads((out / "model.safetensors.index.json").read_text())
+    total = sum(tensor.nbytes for tensor in TENSORS.values())
+    assert index["metadata"] == {"total_size": total, "total_parameters": 12 + 8 + 2 + 3}
+
+
+def test_an_older_output_goes_when_the_new_one_is_whole(tmp_path: Path):
+    out = tmp_path / "out"
+    out.mkdir()
+    (out / "old.txt").write_text("old")
+    output = OutputFolder(out)
+    output.write_text("new.txt", "new")
+    assert contents(out) == {"old.txt": b"old"}
+    output.commit()
+    assert contents(tmp_path) == {"out/new.txt": b"new"}
+
+
+def test_an_older_output_survives_a_rename_that_fails(tmp_path: Path, monkeypatch):
+    out = tmp_path / "out"
+    out.mkdir()
+    (out / "old.txt").write_text("old")
+    output, rename = OutputFolder(out), os.rename
+
+    def fail(source: Path, target: Path) -> None:
+        if source == output.folder:
+            raise OSError("the disk went away")
+        rename(source, target)
+
+    monkeypatch.setattr("rsprune.checkpoint.os.rename", fail)
+    with pytest.raises(OSError, match="went away"):
+        output.commit()
+    output.discard()
+    assert contents(tmp_path) == {"out/old.txt": b"old"}
+
+
+def test_discard_and_a_second_start_leave_nothing_of_the_first(tmp_path: Path):
+    output = OutputFolder(tmp_path / "out")
+    output.write_text("a.txt", "a")
+    (output.scratch / "spill").write_text("hidden states")
+    again = OutputFolder(tmp_path / "out")
+    assert contents(again.folder) == {}
+    again.discard()
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_everything_that_is_not_a_weight_is_copied(folder: Path, tmp_path: Path):
+    kept = ["config.json", "tokenizer.model", "LICENSE", "code/modeling.py", "vocab.txt"]
+    weights = ["pytorch_model.bin", "pytorch_model.bin.index.json", "sub/adapter.safetensors"]
+    weights += ["model.gguf", "onnx/model.onnx", "tf_model.h5", "flax_model.msgpack", "old.pth"]
+    ours = ["rsprune-report.jsonl", "recipe.yaml"]
+    hidden = [".git/config", ".gitattributes", "sub/.cache/x"]
+    for name in (*kept, *weights, *ours, *hidden):
+        path = folder / name
+        path.parent.mkdir(exist_ok=True, parents=True)
+        path.write_text(name)
+    before = contents(folder)
+    output = OutputFolder(tmp_path / "out")
+    output.copy_other_files(folder)
+    output.commit()
+    assert contents(tmp_path / "out") == {name: name.encode() for name in kept}
+    assert contents(folder) == before
+
+
+def test_links_of_a_hub_cache_become_files(folder: Path, tmp_path: Path):
+    (tmp_path / "blob").write_text("{}")
+    (folder / "config.json").symlink_to(tmp_path / "blob")
+    output = OutputFolder(tmp_path / "out")
+    output.copy_other_files(folder)
+    output.commit()
+    copied = tmp_path / "out" / "config.json"
+    assert copied.read_text() == "{}"
+    assert not copied.is_symlink()
+
+
+@pytest.mark.parametrize("overwrite", [False, True])
+@pytest.mark.parametrize("place", ["model", "model/out", ".", "link", "link/out", "x/../model"])
+def test_an_output_must_lie_apart_from_its_input(
+    folder: Path, tmp_path: Path, place: str, overwrite: bool
+):
+    (tmp_path / "link").symlink_to(folder)
+    (tmp_path / "x").mkdir()
+    with pytest.raises(UsageError, match="must lie apart"):
+        check_output(tmp_path / place, folder, overwrite=overwrite)
+
+
+def test_an_output_may_be_new_or_overwritten(folder: Path, tmp_path: Path):
+    check_output(tmp_path / "model-2", folder, overwrite=False)
+    (tmp_path / "model-2").mkdir()
+    with pytest.raises(UsageError, match="exists already"):
+        check_output(tmp_path / "model-2", folder, overwrite=False)
+    check_output(tmp_path / "model-2", folder, overwrite=True)
+
+
+def test_the_place_where_the_output_is_built_is_not_the_input(tmp_path: Path):
+    """`out.partial` is emptied before the run: an input of that name would be lost."""
+    source = tmp_path / "out.partial"
+    source.mkdir()
+    with pytest.raises(UsageError, match="must lie apart"):
+        check_output(tmp_path / "out", source, overwrite=True)
+
+
+def test_other_folders_beside_the_output_are_let_alone(tmp_path: Path):
+    for name in ("out", "out.old"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "file").write_text(name)
+    output = OutputFolder(tmp_path / "out")
+    output.write_text("new.txt", "new")
+    output.commit()
+    assert contents(tmp_path) == {"out/new.txt": b"new", "out.old/file": b"out.old"}
+
+
+def test_an_output_that_is_a_link_does_not_empty_what_it_names(tmp_path: Path):
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "elsewhere" / "file").write_text("kept")
+    (tmp_path / "out").symlink_to(tmp_path / "elsewhere")
+    output = OutputFolder(tmp_path / "out")
+    output.write_text("new.txt", "new")
+    output.commit()
+    assert contents(tmp_path) == {"out/new.txt": b"new", "elsewhere/file": b"kept"}
+
+
+def test_the_folder_that_one_stands_in_can_be_the_output(tmp_path: Path, monkeypatch):
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    output = OutputFolder(Path())
+    assert output.folder == tmp_path / "here.partial"
+    output.discard()
+
+
+def test_free_bytes_of_a_folder_that_is_not_there_yet(tmp_path: Path):
+    assert free_bytes(tmp_path / "a" / "b") > 0
+
+
+def test_a_shard_writer_that_fails_leaves_no_file_of_that_name(folder: Path, tmp_path: Path):
+    output = OutputFolder(tmp_path / "out")
+    wrong = np.zeros((1, 4), np.uint16)
+    with pytest.raises(ValueError, match=r"a\.weight"):
+        output.put_shard(
+            "s.safetensors", Checkpoint.open(folder), ["a.weight"], {"a.weight": wrong}
+        )
+    assert not (output.folder / "s.safetensors").exists()
+    assert _core.__version__
