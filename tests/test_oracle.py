@@ -26,11 +26,6 @@ MARGIN = 1.02
 """What the core multiplies its estimate of the largest eigenvalue with."""
 
 patterns = pytest.mark.parametrize(("text", "scope"), PATTERNS)
-stale_scores = pytest.mark.xfail(
-    strict=True,
-    reason="prune_row and block_mask score a unit's later columns without what the columns of the "
-    "same unit before them make them become",
-)
 
 
 def fitting(m: int, n: int, text: str) -> tuple[int, int]:
@@ -93,7 +88,6 @@ def test_sparsegpt_makes_up_for_its_mask(
     assert certificate["error"] == pytest.approx(case.error(twin), rel=1e-3)
 
 
-@stale_scores
 @patterns
 @pytest.mark.parametrize("corrected", [False, True])
 @pytest.mark.parametrize(("m", "n"), SHAPES)
@@ -110,7 +104,7 @@ def test_sparsegpt(m: int, n: int, text: str, scope: str, corrected: bool) -> No
 
 
 @patterns
-@pytest.mark.parametrize("warm_start", ["wanda", pytest.param("sparsegpt", marks=stale_scores)])
+@pytest.mark.parametrize("warm_start", ["wanda", "sparsegpt"])
 def test_fista(text: str, scope: str, warm_start: str) -> None:
     case = Case.random(*fitting(101, 260, text))
     options = FISTA | {"warm_start": warm_start}

@@ -27,10 +27,6 @@ some_pattern = st.sampled_from(["2:4", "1:4", "4:8", "8:16", "0%", "37%", "50%",
 some_scope = st.sampled_from(["row", "matrix"])
 
 
-def unfixed(reason: str) -> Any:
-    return pytest.mark.xfail(strict=True, reason=reason)
-
-
 @quick
 @given(cases, some_pattern, some_scope, st.sampled_from(sorted(METHODS)))
 def test_the_pattern_holds_in_the_type_of_the_input(
@@ -153,12 +149,11 @@ def test_activations_of_the_wrong_kind() -> None:
     corrected = _core.Statistics(8, corrected=True)
     with pytest.raises(ValueError, match="dense inputs go with corrected statistics only"):
         corrected.add(x)
-    with pytest.raises(ValueError, match=r"activations: expected .* 80 and Some\(72\) values"):
+    with pytest.raises(ValueError, match=r"dense: expected \[10, 8\], found \[9, 8\]"):
         corrected.add(x, x[:9])
-    with pytest.raises(TypeError):
-        sums.add(x.astype(np.float64))
-    with pytest.raises(TypeError):
-        sums.add(x[0])
+    for wrong in (x.astype(np.float64), x[0]):
+        with pytest.raises(TypeError, match=r"x: expected a float32 array \[tokens, 8\]"):
+            sums.add(wrong)
 
 
 @pytest.mark.parametrize(
@@ -171,7 +166,7 @@ def test_activations_of_the_wrong_kind() -> None:
         ("I8", np.ones((2, 8), np.int8), ValueError, "dtype I8: weights must be stored as F32, B"),
         ("F32", np.ones((2, 16), np.float32)[:, ::2], ValueError, "C-contiguous"),
         ("F32", np.ones((2, 6), np.float32), ValueError, "2:4 needs input columns divisible by 4"),
-        ("F32", np.ones((3, 12), np.float32), ValueError, "expected rows of 8 columns, found 36"),
+        ("F32", np.ones((3, 12), np.float32), ValueError, "expected statistics of 12 channels"),
     ],
 )
 def test_weights_of_the_wrong_kind(
@@ -194,7 +189,6 @@ def test_options_of_the_wrong_kind() -> None:
             _core.Pattern(bad)
 
 
-@unfixed("the slice of a Fortran-ordered array is taken as if it were C-ordered")
 @pytest.mark.parametrize("what", ["weight", "activations"])
 def test_transposed_views_are_refused(what: str) -> None:
     turned = np.ones((8, 12), np.float32).T  # [12, 8]
@@ -203,7 +197,6 @@ def test_transposed_views_are_refused(what: str) -> None:
         run("wanda", operator) if what == "weight" else _core.Statistics(8).add(turned)
 
 
-@unfixed("only the number of values is compared with the statistics, not the columns")
 @pytest.mark.parametrize("what", ["weight", "heldout"])
 @methods
 def test_other_widths_than_the_statistics_are_refused(method: str, what: str) -> None:
@@ -215,14 +208,12 @@ def test_other_widths_than_the_statistics_are_refused(method: str, what: str) ->
         run(method, dataclasses.replace(operator, **{what: other}))
 
 
-@unfixed("only the number of values of the dense inputs is checked")
 def test_dense_activations_of_another_shape_are_refused() -> None:
     x = np.ones((10, 8), np.float32)
     with pytest.raises(ValueError, match="dense"):
         _core.Statistics(8, corrected=True).add(x, x.reshape(8, 10))
 
 
-@unfixed("f64::max turns a NaN error into 0")
 @methods
 def test_a_weight_that_is_not_finite_has_no_certificate_of_zero(method: str) -> None:
     operator = Case.random(4, 16).operator("2:4")
@@ -231,19 +222,16 @@ def test_a_weight_that_is_not_finite_has_no_certificate_of_zero(method: str) -> 
         run(method, operator)
 
 
-@unfixed("a width of zero divides by zero")
 def test_statistics_of_no_channels_are_refused() -> None:
     with pytest.raises(ValueError, match="width"):
         _core.Statistics(0).add(np.ones((3, 0), np.float32))
 
 
-@unfixed("squares that overflow float32 give an infinite Gram and a certificate of 0")
 def test_activations_whose_squares_overflow_are_refused() -> None:
     with pytest.raises(ValueError, match="non-finite"):
         Case.random(4, 16).operator("2:4").calibration.add(np.full((4, 16), 1e20, np.float32))
 
 
-@unfixed("f32::clamp panics")
 @pytest.mark.parametrize("bad", [-1.0, np.nan])
 def test_a_lambda_out_of_range_is_refused(bad: float) -> None:
     with pytest.raises(ValueError, match="lambda"):

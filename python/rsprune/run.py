@@ -68,7 +68,8 @@ def compress(
     config = config or Config()
     progress = progress or NullProgress()
     folder = resolve(str(model), progress=progress.note)
-    for source in (folder, Path(model).expanduser()):  # a GGUF file, too, is an input
+    given = Path(model).expanduser()  # a GGUF file lies apart from the folder made of it
+    for source in (folder, given) if given.exists() else (folder,):
         check_output(Path(out), source, overwrite=overwrite)
     with PeakWatch() as peak:
         run = _Run(prepare(folder, config, Path(out)), config, progress, peak)

@@ -76,7 +76,7 @@ impl Statistics {
         let found: PyReadonlyArray2<'py, f32> = array.extract().map_err(|_| {
             PyTypeError::new_err(format!("{what}: expected a float32 array [tokens, {width}]"))
         })?;
-        if width == 0 || found.shape()[1] != width {
+        if found.shape()[1] != width {
             let message = format!("{what}: expected {width} columns, found {}", found.shape()[1]);
             return Err(PyValueError::new_err(message));
         }
@@ -94,8 +94,11 @@ type Square<'py> = Bound<'py, PyArray2<f64>>;
 impl Statistics {
     #[new]
     #[pyo3(signature = (width, *, corrected = false))]
-    fn new(width: usize, corrected: bool) -> Statistics {
-        Statistics { inner: RwLock::new(solve::Statistics::new(width, corrected)) }
+    fn new(width: usize, corrected: bool) -> PyResult<Statistics> {
+        if width == 0 {
+            return Err(PyValueError::new_err("width: expected at least one channel, found 0"));
+        }
+        Ok(Statistics { inner: RwLock::new(solve::Statistics::new(width, corrected)) })
     }
 
     /// Adds inputs `x [tokens, width]` and, if corrected, the `dense` model's for the same tokens.

@@ -9,6 +9,7 @@
 use super::Statistics;
 use super::statistics::Sum;
 use crate::error::{Error, Result};
+use crate::float::first_non_finite;
 use crate::kernels::Kernel;
 use crate::linalg::{PackedB, ROW_BLOCK, Scratch, dot, gemm, quadratic_form};
 use crate::par::Job;
@@ -44,10 +45,10 @@ impl<'a> GramQuadratic<'a> {
                 found: format!("{} values", weight.len()),
             });
         }
-        let unit = stats.diagonal().iter().sum::<f64>() / n as f64;
-        if !unit.is_finite() {
-            return Err(Error::NonFinite { what: "squares of the activations".into(), index: 0 });
+        if let Some(index) = first_non_finite(weight) {
+            return Err(Error::NonFinite { what: "weight".into(), index });
         }
+        let unit = stats.diagonal().iter().sum::<f64>() / n as f64;
         let scale = if unit > 0.0 { 1.0 / unit } else { 1.0 };
         let gram = stats.matrix(job, Sum::Gram, scale)?;
         let packed = PackedB::new(&kernel, &gram, n, n, n);

@@ -67,7 +67,11 @@ impl Statistics {
             drift.gram.add(job, kernel, &d, &packed)?;
         }
         self.tokens += tokens as u64;
-        Ok(())
+        // Finite activations may still have squares that overflow.
+        match self.gram.diagonal().iter().position(|g| !g.is_finite()) {
+            Some(index) => Err(Error::NonFinite { what: "squared activations".into(), index }),
+            None => Ok(()),
+        }
     }
 
     fn check(&self, x: &[f32], dense: Option<&[f32]>) -> Result<usize> {
