@@ -11,11 +11,12 @@ from typing import Any
 
 import numpy as np
 import pytest
+from safetensors.numpy import save_file
+from typer.testing import CliRunner
+
 from rsprune import cli, options
 from rsprune.config import Config
 from rsprune.errors import RspruneError
-from safetensors.numpy import save_file
-from typer.testing import CliRunner
 
 HEAVY = ("torch", "transformers", "pydantic", "numpy", "rich", "safetensors")
 

@@ -12,8 +12,11 @@ import types
 from pathlib import Path
 
 import pytest
-import rsprune.data
 import torch
+from tokenizers import Tokenizer, models, pre_tokenizers, processors
+from transformers import PreTrainedTokenizerFast
+
+import rsprune.data
 from rsprune.data import (
     Corpus,
     calibration_windows,
@@ -22,8 +25,6 @@ from rsprune.data import (
     split_heldout,
 )
 from rsprune.errors import UsageError
-from tokenizers import Tokenizer, models, pre_tokenizers, processors
-from transformers import PreTrainedTokenizerFast
 
 WORDS = [f"w{index}" for index in range(200)]
 

@@ -8,14 +8,15 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import rsprune
 from rich.console import Console
+from safetensors.numpy import save_file
+
+import rsprune
 from rsprune import _core
 from rsprune import inspect as module_or_function
 from rsprune.inspect import GROUPS, TensorFacts, count_zeros, describe, totals
 from rsprune.inspect import inspect as facts_of
 from rsprune.tables import inspect_table
-from safetensors.numpy import save_file
 
 
 def dense(rows: int, columns: int, seed: int = 0) -> np.ndarray:

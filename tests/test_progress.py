@@ -5,6 +5,7 @@ import json
 import sys
 
 import pytest
+
 from rsprune import progress as module
 from rsprune.progress import (
     BarProgress,

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import yaml
 from rich.console import Console
+
 from rsprune.card import model_card
 from rsprune.errors import RspruneError
 from rsprune.report import (

@@ -11,47 +11,13 @@ from pathlib import Path
 import huggingface_hub
 import numpy as np
 import pytest
-import rsprune
 import torch
 from huggingface_hub import errors as hub_errors
+
 from rsprune import gguf_import, sources
 from rsprune.errors import RspruneError, UsageError
 
 gguf = pytest.importorskip("gguf")
-
-
-class WholeFileWriter:
-    """Stand-in for `_core.ShardWriter`: same interface, everything in memory until `finish`."""
-
-    def __init__(self, path, tensors, metadata):
-        self.path, self.tensors, self.metadata, self.data = path, tensors, metadata, {}
-
-    def put(self, name, data):
-        assert data.dtype == np.uint8
-        assert data.ndim == 1
-        self.data[name] = data.tobytes()
-
-    def finish(self):
-        header, offset = {"__metadata__": self.metadata}, 0
-        for name, dtype, shape in self.tensors:
-            end = offset + len(self.data[name])
-            header[name] = {"dtype": dtype, "shape": list(shape), "data_offsets": [offset, end]}
-            offset = end
-        text = json.dumps(header).encode()
-        text += b" " * (-len(text) % 8)
-        body = b"".join(self.data[name] for name, _, _ in self.tensors)
-        Path(self.path).write_bytes(len(text).to_bytes(8, "little") + text + body)
-
-    def abort(self):
-        self.data = {}
-
-
-@pytest.fixture
-def writer(monkeypatch):
-    """These tests are of the conversion; the real writer has its own, and the slow test below."""
-    core = types.SimpleNamespace(ShardWriter=WholeFileWriter)
-    monkeypatch.setitem(sys.modules, "rsprune._core", core)
-    monkeypatch.setattr(rsprune, "_core", core, raising=False)
 
 
 @pytest.fixture(autouse=True)
@@ -174,7 +140,6 @@ def stored(folder):
     return load_file(folder / "model.safetensors")
 
 
-@pytest.mark.usefixtures("writer")
 @pytest.mark.parametrize("kind", ["llama tied", "llama untied", "qwen3moe"])
 def test_conversion_gives_the_original_checkpoint(tmp_path, kind):
     from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -205,7 +170,6 @@ def test_conversion_gives_the_original_checkpoint(tmp_path, kind):
     torch.testing.assert_close(loaded(ids).logits, expected, rtol=0.05, atol=0.02)
 
 
-@pytest.mark.usefixtures("writer")
 def test_rounding_is_to_nearest_even_and_dtypes_are_kept(tmp_path):
     model = llama_model(tied=True)
     weights = on_disk_weights(model, tmp_path / "original")
@@ -226,7 +190,6 @@ def test_rounding_is_to_nearest_even_and_dtypes_are_kept(tmp_path):
         gguf_import.convert(path, tmp_path / "big", dtype="float16")
 
 
-@pytest.mark.usefixtures("writer")
 @pytest.mark.parametrize(
     ("changes", "words"),
     [
@@ -243,7 +206,6 @@ def test_tensors_must_match_the_model_exactly(tmp_path, changes, words):
     assert not (tmp_path / "out" / "model.safetensors").exists()
 
 
-@pytest.mark.usefixtures("writer")
 def test_an_incomplete_stack_of_experts_is_refused(tmp_path):
     model = moe_model()
     weights = on_disk_weights(model, tmp_path / "original")

@@ -9,10 +9,11 @@ from types import ModuleType
 
 import numpy as np
 import pytest
+from safetensors.numpy import load_file, save_file
+
 from rsprune.errors import RspruneError
 from rsprune.report import REPORT_NAME, Journal
 from rsprune.verify import Problem, verify
-from safetensors.numpy import load_file, save_file
 
 NAME = "model.layers.0.mlp.down_proj.weight"
 LAYER, REST = "model-00001.safetensors", "model-00000.safetensors"

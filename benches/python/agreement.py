@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import math
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -24,6 +25,12 @@ def file_order(texts: list[str], tokenizer: object, samples: int, seq_len: int) 
     return ids[: samples * seq_len].reshape(samples, seq_len)
 
 
+def add_norms(
+    norms: dict[str, torch.Tensor], name: str, module: torch.nn.Module, args: tuple, out: object
+) -> None:
+    norms[name] = norms.get(name, 0) + args[0][0].double().pow(2).sum(0)
+
+
 @torch.no_grad()
 def prune(model: torch.nn.Module, windows: torch.Tensor) -> None:
     """Wanda 2:4 as usually run: each layer on the inputs that the pruned layers before it give."""
@@ -35,13 +42,7 @@ def prune(model: torch.nn.Module, windows: torch.Tensor) -> None:
         norms: dict[str, torch.Tensor] = {}
         linears = {n: m for n, m in layer.named_modules() if isinstance(m, torch.nn.Linear)}
 
-        def keep(name: str):  # noqa: ANN202
-            def hook(module: torch.nn.Module, args: tuple[torch.Tensor, ...], out: object) -> None:
-                norms[name] = norms.get(name, 0) + args[0][0].double().pow(2).sum(0)
-
-            return hook
-
-        hooks = [m.register_forward_hook(keep(n)) for n, m in linears.items()]
+        hooks = [m.register_forward_hook(partial(add_norms, norms, n)) for n, m in linears.items()]
         for states in hidden:
             layer(states, position_embeddings=rotary, position_ids=positions)
         for hook in hooks:
@@ -86,7 +87,8 @@ def main() -> None:
     text = "\n".join(load_texts(args.text).documents)
     prune(model, windows)
     model.to(torch.bfloat16).to(torch.float32)
-    print(args.order, args.seed, perplexity(model, evaluation_windows(text, tokenizer, 2048)[: args.windows]))
+    test = evaluation_windows(text, tokenizer, 2048)[: args.windows]
+    print(args.order, args.seed, perplexity(model, test))
 
 
 if __name__ == "__main__":

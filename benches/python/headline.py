@@ -71,8 +71,9 @@ def measure(run: dict, args: argparse.Namespace) -> dict:
 
 def table(results: list[dict]) -> str:
     """The results as a Markdown table."""
-    lines = ["| run | perplexity | windows | compress s (calibrate, solve, propagate) "
-             "| peak RssAnon MiB (above start) | eval s |", "|---|---|---|---|---|---|"]  # fmt: skip
+    heads = ("run", "perplexity", "windows", "compress s (calibrate, solve, propagate)",
+             "peak RssAnon MiB (above start)", "eval s")  # fmt: skip
+    lines = [f"| {' | '.join(heads)} |", "|---" * len(heads) + "|"]
     for result in results:
         evaluation, summary = result.get("eval", {}), result.get("summary")
         cells = [result["name"], f"{evaluation.get('perplexity', float('nan')):.3f}",

@@ -208,6 +208,11 @@ def check_output(out: Path, source: Path, *, overwrite: bool) -> None:
         raise UsageError(f"output {out}: exists already; name another or pass --overwrite")
     if out.exists() and not out.is_dir():
         raise UsageError(f"output {out}: expected a folder, found a file")
+    if out.exists() and any(out.iterdir()) and not (out / "rsprune-report.jsonl").exists():
+        raise UsageError(
+            f"output {out}: --overwrite replaces only what rsprune wrote, found a folder without "
+            "rsprune-report.jsonl; remove it yourself or name another"
+        )
 
 
 def _partial(out: Path) -> Path:

@@ -194,7 +194,8 @@ def calibration_windows(
     Each document is tokenised whole, with the special tokens that the tokenizer adds to a document
     by default (a BOS where the model was trained with one); an EOS, if the tokenizer has one,
     stands between documents unless the tokenizer put it there. No token is skipped or used twice,
-    and no document is read after the last window is full.
+    and no document is read after the last window is full. A single document (a plain text file)
+    starts at a line that the seed chooses and wraps around at its end.
     Raises UsageError when the corpus has fewer than `samples * seq_len` tokens.
     """
     import numpy as np
@@ -205,9 +206,12 @@ def calibration_windows(
     # raw words of a bit generator: unlike Generator.permutation, the same in every NumPy release
     keys = np.random.PCG64(seed).random_raw(len(corpus.documents))
     order = np.argsort(keys, kind="stable").tolist()
+    documents: Iterable[str] = (corpus.documents[index] for index in order)
+    if len(corpus.documents) == 1:
+        documents = _rotated(corpus.documents[0], int(keys[0]))
     needed, tokens = samples * seq_len, np.empty(samples * seq_len, dtype=np.int64)
     found = 0
-    for ids in _packed(tokenizer, (corpus.documents[index] for index in order)):
+    for ids in _packed(tokenizer, documents):
         taken = ids[: needed - found]
         tokens[found : found + len(taken)] = taken
         found += len(taken)
@@ -217,6 +221,14 @@ def calibration_windows(
         f"{corpus.name}: expected {needed} tokens ({samples} samples of {seq_len}), found {found}: "
         f"at most {found // seq_len} samples fit"
     )
+
+
+def _rotated(document: str, key: int) -> list[str]:
+    """The document from a line on that `key` chooses, and what stands before that line."""
+    lines = document.splitlines(keepends=True)
+    first = key % max(1, len(lines))
+    parts = ["".join(lines[first:]), "".join(lines[:first])]
+    return [part for part in parts if part]
 
 
 def _packed(tokenizer: Any, documents: Iterable[str]) -> Iterator[list[int]]:
