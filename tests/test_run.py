@@ -12,6 +12,7 @@ from tiny_models import Run, tensors_of
 
 from rsprune import methods, plan
 from rsprune.config import Config
+from rsprune.errors import UsageError
 from rsprune.run import compress
 from rsprune.verify import verify
 
@@ -56,6 +57,9 @@ def test_overwrite_replaces(compressed: Runs, tmp_path: Path):
     run, out = compressed("llama_tied", "wanda", "2:4"), tmp_path / "out"
     out.mkdir()
     (out / "old.safetensors").write_bytes(b"old")
+    with pytest.raises(UsageError, match="replaces only what rsprune wrote"):
+        compress(run.model, out, run.config, overwrite=True)
+    (out / "rsprune-report.jsonl").write_text("")
     compress(run.model, out, run.config, overwrite=True)
     assert not (out / "old.safetensors").exists()
     assert shard_bytes(out) == shard_bytes(run.out)
@@ -70,7 +74,7 @@ def test_a_failure_leaves_nothing(
     run, out, seen = compressed("llama_tied", "wanda", "2:4"), tmp_path / "out", []
     if overwrite:
         out.mkdir()
-        (out / "old.txt").write_text("kept")
+        (out / "rsprune-report.jsonl").write_text("kept")
     original = methods.get("wanda").solve
 
     def solve(*args: Any, **kwargs: Any) -> Any:
@@ -83,7 +87,9 @@ def test_a_failure_leaves_nothing(
     with pytest.raises(type(error)):
         compress(run.model, out, run.config, overwrite=overwrite)
     assert all(seen)
-    assert [path.name for path in tmp_path.rglob("*")] == (["out", "old.txt"] if overwrite else [])
+    assert [path.name for path in tmp_path.rglob("*")] == (
+        ["out", "rsprune-report.jsonl"] if overwrite else []
+    )
 
 
 def test_tied_tensors_are_written_once(compressed: Runs, tmp_path: Path):

@@ -7,6 +7,7 @@ in `<out>.partial`, shard by shard, and gets its name by one rename when everyth
 from __future__ import annotations
 
 import hashlib
+import itertools
 import json
 import math
 import os
@@ -194,14 +195,17 @@ class OutputFolder:
         shutil.rmtree(self.folder, ignore_errors=True)
 
 
-def check_output(out: Path, source: Path, *, overwrite: bool) -> None:
-    """Refuses an output that exists, unless `overwrite`, and always one that is or holds the input.
+def check_output(out: Path, *sources: Path, overwrite: bool) -> None:
+    """Refuses an output that is or holds an input; one that exists, unless `overwrite`; and with
+    `overwrite` a folder that rsprune did not write.
 
     Raises:
         UsageError: in these cases.
     """
-    origin = source.resolve()
-    for target in (out.resolve(), _partial(Path(os.path.abspath(out))).resolve()):
+    for source, target in itertools.product(
+        sources, (out.resolve(), _partial(Path(os.path.abspath(out))).resolve())
+    ):
+        origin = source.resolve()
         if target == origin or target in origin.parents or origin in target.parents:
             raise UsageError(f"output {out}: must lie apart from the input {source}")
     if out.exists() and not overwrite:

@@ -69,8 +69,8 @@ def compress(
     progress = progress or NullProgress()
     folder = resolve(str(model), progress=progress.note)
     given = Path(model).expanduser()  # a GGUF file lies apart from the folder made of it
-    for source in (folder, given) if given.exists() else (folder,):
-        check_output(Path(out), source, overwrite=overwrite)
+    sources = (folder, given) if given.exists() else (folder,)
+    check_output(Path(out), *sources, overwrite=overwrite)
     with PeakWatch() as peak:
         run = _Run(prepare(folder, config, Path(out)), config, progress, peak)
         run.read_inputs()
