@@ -90,9 +90,8 @@ def main() -> None:
                 certificate = solve(operator)[1]
                 errors = certificate["error"], certificate["heldout_error"]
                 logs[solver].append(tuple(map(math.log, errors)))
-    print(
-        f"| solver | calibration | held out |  ({args.pattern}, geometric mean over 12)\n|---|---|---|"
-    )
+    print(f"{args.pattern}, geometric mean over 12 matrices, SparseGPT = 1\n")
+    print("| solver | calibration | held out |\n|---|---|---|")
     for solver, values in logs.items():
         ratios = [
             math.exp(sum(a[k] - b[k] for a, b in zip(values, logs["sparsegpt"], strict=True)) / 12)
