@@ -215,3 +215,4 @@ def test_the_card_of_a_local_model_without_a_card(tmp_path: Path, source: str | 
     assert "license" not in fields
     assert "base_model" not in fields  # a path is no hub id
     assert "# base, pruned to 2:4" in card
+    assert "/models" not in card  # nobody else is told where it lay

@@ -39,15 +39,17 @@ def model_card(report: Report, *, source_card: str | None, base_model: str) -> s
         base_model: hub id or path that the user named.
     """
     config = report.run.get("config") or {}
+    # A card is published: it names a local model, but not where it lay on somebody's disk.
+    shown = base_model if HUB_ID.fullmatch(base_model) else _title(base_model)
     front = yaml.safe_dump(_front_matter(config, source_card, base_model), sort_keys=False)
     parts = [
         f"---\n{front}---\n",
-        f"# {_title(base_model)}, pruned to {config.get('pattern')}\n",
-        _what_was_done(report, config, base_model),
+        f"# {_title(shown)}, pruned to {config.get('pattern')}\n",
+        _what_was_done(report, config, shown),
         LOAD,
         _certificate(report),
         _calibration(report),
-        _recipe(report, config, base_model),
+        _recipe(report, config, shown),
     ]
     return "\n".join(parts)
 

@@ -52,8 +52,12 @@ def _number(path: Path) -> int | None:
         return None  # absent, or "max"
 
 
+KEPT_BYTES = 128 * 2**20
+"""Freed memory that the allocator may keep."""
+
+
 def keep_freed_pages() -> None:
-    """Lets glibc keep up to 128 MiB of freed memory instead of giving every tensor's pages back.
+    """Lets glibc keep `KEPT_BYTES` of freed memory instead of giving every tensor's pages back.
 
     torch frees and allocates the same activations layer after layer; without this each of their
     pages is faulted in anew (a decoder layer's forward took up to twice as long).
@@ -61,7 +65,7 @@ def keep_freed_pages() -> None:
     try:
         libc = ctypes.CDLL(None)
         libc.mallopt(-3, 64 * 2**20)  # M_MMAP_THRESHOLD
-        libc.mallopt(-1, 128 * 2**20)  # M_TRIM_THRESHOLD
+        libc.mallopt(-1, KEPT_BYTES)  # M_TRIM_THRESHOLD
     except (OSError, AttributeError):
         return  # not glibc: nothing to tune
 

@@ -18,7 +18,7 @@ from rsprune.checkpoint import FLOATS, Checkpoint, TensorInfo, free_bytes
 from rsprune.config import Config
 from rsprune.data import split_heldout
 from rsprune.errors import UsageError
-from rsprune.memory import memory_limit, rss_anon
+from rsprune.memory import KEPT_BYTES, memory_limit, rss_anon
 from rsprune.methods.base import Inputs
 from rsprune.skeleton import Skeleton
 from rsprune.stream import Opening, Stream
@@ -204,6 +204,7 @@ def _memory(skeleton: Skeleton, opening: Opening, inputs: Inputs, config: Config
         "Grams": grams,
         "solver": widest * 4 * 5 + width * width * 4 * 4,
         "activations of one window": window * 6 + config.seq_len * width * 4 * 4,
+        "freed pages that the allocator keeps": KEPT_BYTES + 32 * 2**20,
         "hidden states": config.samples * window * (held + cached),
     }
 
