@@ -17,6 +17,10 @@ from torch.utils._pytree import tree_map
 from rsprune.errors import UsageError
 
 
+class StopForwardError(Exception):
+    """Raised by hooks to end a forward whose rest is not needed."""
+
+
 @dataclass(frozen=True)
 class Group:
     """Linears of one layer that share their input.

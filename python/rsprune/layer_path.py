@@ -15,13 +15,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from rsprune.blocks import Group, LayerStructure, Replay
+from rsprune.blocks import Group, LayerStructure, Replay, StopForwardError
 from rsprune.pool import TensorPool
 from rsprune.windows import Windows
-
-
-class _StopForwardError(Exception):
-    """Ends a forward when all wanted inputs are caught."""
 
 
 class LayerPath:
@@ -104,7 +100,7 @@ class LayerPath:
                 if group in groups or kept & set(group.linears):
                     wanted = groups if stop else None
                     stack.callback(self._catch(window, group, wanted).remove)
-            stack.enter_context(contextlib.suppress(_StopForwardError))
+            stack.enter_context(contextlib.suppress(StopForwardError))
             result = self.layer(self.hidden.get(window, self._device), **self.kwargs)
             output = result[0] if isinstance(result, tuple) else result
         return {group: self._caught[group] for group in groups}, output
@@ -119,7 +115,7 @@ class LayerPath:
                     cache.put(window, args[0])
                     self._known.add((replay, window))
             if wanted is not None and all(g in self._caught for g in wanted):
-                raise _StopForwardError
+                raise StopForwardError
 
         first = self.layer.get_submodule(group.linears[0])
         return first.register_forward_pre_hook(hook)

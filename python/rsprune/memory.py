@@ -14,11 +14,6 @@ def rss_anon() -> int:
     return _status("RssAnon") or int(psutil.Process().memory_info().rss)
 
 
-def rss_file() -> int:
-    """File-backed resident bytes of this process (`RssFile`); 0 where unknown."""
-    return _status("RssFile")
-
-
 def memory_limit() -> int:
     """90 % of what this process may still come to use, as the machine and its cgroup allow."""
     free = psutil.virtual_memory().available + rss_anon()

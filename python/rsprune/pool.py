@@ -25,7 +25,3 @@ class TensorPool:
     def give_back(self, tensor: Tensor) -> None:
         """Takes back a tensor; the caller uses it no longer."""
         self._free.setdefault(tuple(tensor.shape), []).append(tensor)
-
-    def clear(self) -> None:
-        """Frees what is not in use."""
-        self._free.clear()

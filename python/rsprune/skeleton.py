@@ -147,8 +147,7 @@ class Skeleton:
         finally:
             for owner, leaf, empty in held:
                 owner._parameters[leaf] = empty
-            # The vocabulary's matrices are large and not needed again soon: freed, not kept.
-            shared.clear()
+            # Not given back to the pool: the vocabulary is large and not needed again soon.
 
     def outer_names(self) -> list[str]:
         """Parameters outside of the decoder layers, without the two vocabulary matrices."""

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
-from rsprune.blocks import LayerStructure, watch
+from rsprune.blocks import LayerStructure, StopForwardError, watch
 from rsprune.errors import RspruneError, UsageError
 from rsprune.skeleton import Skeleton
 
@@ -28,21 +28,15 @@ LOGIT_CHUNK = 256
 """Positions whose logits are in memory at a time (a vocabulary is wide)."""
 
 
-class _StopForwardError(Exception):
-    """Ends a forward whose rest is not needed."""
-
-
 @dataclass(frozen=True)
 class Opening:
-    """What the decoder layers are given.
+    """What was seen of the decoder layers; their arguments are `Stream.kwargs`.
 
     Attributes:
         structures: one per decoder layer.
-        kwargs: keyword arguments of every layer for a window of the recorded length.
     """
 
     structures: tuple[LayerStructure, ...]
-    kwargs: tuple[dict[str, Any], ...]
 
 
 class Stream:
@@ -72,7 +66,7 @@ class Stream:
             watch(layer, hidden, kwargs)
             for layer, kwargs in zip(self.skeleton.layers, self._kwargs, strict=True)
         ]
-        return Opening(tuple(structures), tuple(self._kwargs))
+        return Opening(tuple(structures))
 
     def kwargs(self, layer: int) -> dict[str, Any]:
         """The keyword arguments of a layer, as last recorded."""
@@ -140,10 +134,10 @@ class Stream:
             if index == 0:
                 seen.append(hidden.clone())
             if stop_at_first:
-                raise _StopForwardError
+                raise StopForwardError
             return hidden
 
-        with self._replaced(give), torch.no_grad(), contextlib.suppress(_StopForwardError):
+        with self._replaced(give), torch.no_grad(), contextlib.suppress(StopForwardError):
             self.base(inputs_embeds=embeddings)
         return seen[0]
 
