@@ -14,12 +14,16 @@ __all__ = [
     "ShardWriter",
     "Statistics",
     "__version__",
+    "admm",
+    "best",
     "checkpoint_index",
     "default_threads",
     "fista",
+    "fista_plus",
     "kernel_name",
     "magnitude",
     "plan_shard",
+    "polish",
     "sparsegpt",
     "wanda",
     "write_file",
@@ -87,6 +91,27 @@ def fista(
     patience: int,
     lambda_start: float,
     damping: float,
+    threads: int | None = None,
+) -> _Pruned: ...
+def fista_plus(
+    operator: _Operator,
+    *,
+    iterations: int,
+    xi: float,
+    patience: int,
+    lambda_start: float,
+    threads: int | None = None,
+) -> _Pruned: ...
+def admm(
+    operator: _Operator, *, damping: float, slow: bool, threads: int | None = None
+) -> _Pruned: ...
+def best(operator: _Operator, *, budget: int, threads: int | None = None) -> _Pruned: ...
+def polish(
+    operator: _Operator,
+    values: NDArray[Any],
+    *,
+    refit: bool,
+    search: bool,
     threads: int | None = None,
 ) -> _Pruned: ...
 

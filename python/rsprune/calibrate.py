@@ -22,11 +22,13 @@ from torch import Tensor, nn
 from rsprune import _core
 from rsprune.blocks import Group, LayerStructure
 from rsprune.checkpoint import TORCH_DTYPES
+from rsprune.config import Config
 from rsprune.errors import RspruneError
 from rsprune.layer_path import LayerPath, twin
 from rsprune.methods.base import Inputs
 from rsprune.pool import TensorPool
 from rsprune.timing import Timing
+from rsprune.tune import LayerTuner, Tuned
 from rsprune.windows import Split, Windows
 
 
@@ -56,6 +58,8 @@ class LayerJob:
         store: makes room for hidden states: `store(kind, channels)`.
         pool: lends buffers for pruned weights.
         where: how errors call this layer.
+        correction: how much of the drift the target dense makes up for.
+        tuned: whether the layer will be tuned, which takes both paths.
     """
 
     layer: nn.Module
@@ -68,6 +72,8 @@ class LayerJob:
     pool: TensorPool
     where: str
     timing: Timing
+    correction: float = 1.0
+    tuned: bool = False
 
     def groups(self, dense: Windows, own: Windows) -> Iterator[tuple[Group, GroupStatistics]]:
         """Yields every group with its sums, in order of use.
@@ -90,6 +96,23 @@ class LayerJob:
         if self._own is not None:
             self._own.set_weight(linear, torch.from_numpy(weight).view(TORCH_DTYPES[dtype]))
 
+    def tune(self, dtypes: dict[str, torch.dtype], config: Config) -> Tuned:
+        """Fits the compressed layer to the dense one's output; the own path goes on with it.
+
+        Args:
+            dtypes: stored type of every parameter that may change, by its name in the layer.
+            config: the tuning options.
+        """
+        assert self._own is not None
+        with self.timing.stage("tune"):
+            tuner = LayerTuner(
+                self._own.layer, self.kwargs, self._own.hidden, self.outputs, self.split, dtypes,
+                config, self.threads,
+            )  # fmt: skip
+            tuned = tuner.run()
+            self._own.tune(tuned.values)
+        return tuned
+
     def advance(self) -> tuple[Windows, Windows]:
         """The next layer's inputs on the dense and on the own path."""
         with self.timing.stage("propagate"):
@@ -109,13 +132,18 @@ class LayerJob:
         return self._next, self._own.hidden
 
     @property
+    def outputs(self) -> Windows:
+        """The dense layer's outputs, once the first groups have been asked for."""
+        return self._next
+
+    @property
     def passes(self) -> float:
         """Linears run, weighted by size, in whole passes over all windows."""
         return sum(path.passes for path in (self._dense, self._own) if path is not None)
 
     def _open(self, dense: Windows, own: Windows) -> None:
-        needs_dense = self.inputs.propagate == "layer" or self.inputs.target == "dense"
-        needs_own = self.inputs.propagate == "model" or self.inputs.true_sequential
+        needs_dense = self.inputs.needs_dense or self.tuned
+        needs_own = self.inputs.propagate == "model" or self.inputs.true_sequential or self.tuned
         layer = twin(self.layer) if needs_dense else self.layer  # before a path hooks into it
         self._dense = self._path("dense", self.layer, dense, None) if needs_dense else None
         pool = self.pool if needs_dense else None
@@ -144,7 +172,9 @@ class LayerJob:
             dense = self._dense_inputs(window, stage, first=first, needed=alike or corrected)
             own = dense if alike else self._own_inputs(window, stage)
             for group in stage:
-                reference = dense[group] if corrected else None
+                reference = None
+                if corrected:
+                    reference = torch.lerp(own[group], dense[group], self.correction)
                 self._add(statistics[group], group, window, own[group], reference)
         return statistics
 

@@ -224,6 +224,14 @@ def _partial(out: Path) -> Path:
     return out.with_name(out.name + ".partial")
 
 
+def as_stored(value: torch.Tensor, dtype: torch.dtype) -> NDArray[Any]:
+    """A tensor as the writer takes it: bits of half types as uint16, as NumPy has no bfloat16."""
+    stored = value.detach().to("cpu", dtype).contiguous()
+    bits = stored.view(torch.uint16) if dtype.itemsize == 2 else stored
+    array: NDArray[Any] = bits.numpy()
+    return array
+
+
 def free_bytes(path: Path) -> int:
     """Bytes free on the file system that will hold `path`."""
     while not path.exists():

@@ -31,6 +31,8 @@ class Config(BaseModel):
     """`keep:of` with groups of 4, 8 or 16, or a sparsity such as `50%` or `0.5`."""
     scope: Literal["row", "matrix"] | None = None
     """Over what a sparsity is counted."""
+    allocate: bool = False
+    """Whether a ratio is spread over the layers by measured error curves; pays from 60 % on."""
     ignore: tuple[str, ...] = DEFAULT_IGNORE
     """Globs over on-disk tensor names that stay dense."""
 
@@ -54,8 +56,20 @@ class Config(BaseModel):
     true_sequential: bool | None = None
     """Whether later operators of a layer see the inputs that pruned earlier ones give."""
 
+    correction: float = Field(default=1.0, ge=0.0, le=1.0)
+    """Target dense: how much of an input's drift is made up for; 0 is target own."""
+
+    refit: bool = False
+    """Whether kept weights are solved again after the method, guarded by held-out error."""
+    search: bool = False
+    """Whether a local search over the mask follows the method, guarded by held-out error."""
+
     damping: float = Field(default=0.01, ge=0.0, le=1.0)
-    """SparseGPT: added to the Gram's diagonal, relative to its mean."""
+    """SparseGPT, ADMM: added to the Gram's diagonal, relative to its mean."""
+    rho_schedule: Literal["published", "slow"] = "slow"
+    """ADMM: how fast the penalty grows; slow takes twice the iterations."""
+    budget: int = Field(default=400, ge=1)
+    """Best: products with the Gram that may be spent on an operator."""
     warm_start: Literal["auto", "wanda", "sparsegpt"] = "auto"
     """FISTA: first point; auto is the published choice (sparsegpt for OPT, else wanda)."""
     iterations: int = Field(default=20, ge=1)
@@ -65,8 +79,17 @@ class Config(BaseModel):
     patience: int = Field(default=3, ge=1)
     """FISTA: rounds without a gain after which it stops."""
 
-    lambda_start: float = Field(default=0.01, gt=0.0)
+    lambda_start: float | None = Field(default=None, gt=0.0)
     """FISTA: first lambda, in units of the mean squared input times the weights' rms."""
+
+    tune_block: bool = False
+    """Whether a layer's kept weights and norms are then fitted to the dense layer's output."""
+    tune_steps: int = Field(default=128, ge=1)
+    """Tuning: most Adam steps a decoder layer."""
+    tune_rate: float = Field(default=0.008, gt=0.0)
+    """Tuning: first step size, relative to the rms of a tensor's kept weights."""
+    tune_batch: int = Field(default=2, ge=1)
+    """Tuning: windows a step."""
 
     memory: int | None = None
     """Bound on anonymous resident memory in bytes; None is 90 % of what the system has left."""

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -80,13 +80,25 @@ class LayerPath:
 
     def set_weight(self, linear: str, weight: Tensor) -> None:
         """Puts a compressed weight [outputs, inputs] in place of the one that the layer holds."""
-        module = self.layer.get_submodule(linear)
+        self._put(self.layer.get_submodule(linear), "weight", weight)
+
+    def tune(self, values: dict[str, Tensor]) -> None:
+        """Puts tuned parameters, by their names in the layer, in place of those that it holds.
+
+        Inputs that were noted for replays are no longer true, and are forgotten.
+        """
+        for name, value in values.items():
+            module, _, leaf = name.rpartition(".")
+            self._put(self.layer.get_submodule(module), leaf, value)
+        self._known.clear()
+
+    def _put(self, module: nn.Module, leaf: str, value: Tensor) -> None:
         if self._pool is not None:
-            buffer = self._pool.take(weight.shape)
+            buffer = self._pool.take(value.shape)
             self._borrowed.append(buffer)
-            module._parameters["weight"] = nn.Parameter(buffer, requires_grad=False)
+            module._parameters[leaf] = nn.Parameter(buffer, requires_grad=False)
         with torch.no_grad():
-            _weight(module).copy_(weight)
+            module.get_parameter(leaf).copy_(value)
 
     def _run(
         self, window: int, groups: Sequence[Group], *, stop: bool
@@ -156,6 +168,31 @@ def twin(layer: nn.Module) -> nn.Module:
     """A second layer that shares all tensors with `layer` until a weight is replaced."""
     memo = {id(tensor): tensor for tensor in [*layer.parameters(), *layer.buffers()]}
     return copy.deepcopy(layer, memo)
+
+
+def with_parameters(layer: nn.Module, values: Mapping[str, Tensor]) -> nn.Module:
+    """A twin of `layer` with other parameters and no hooks; windows may run in it side by side."""
+    copied = twin(layer)
+    for module in copied.modules():
+        module._forward_hooks.clear()
+        module._forward_pre_hooks.clear()
+    for name, value in values.items():
+        module_name, _, leaf = name.rpartition(".")
+        parameter = value if isinstance(value, nn.Parameter) else nn.Parameter(value, False)
+        copied.get_submodule(module_name)._parameters[leaf] = parameter
+    return copied
+
+
+def relative_error(
+    layer: nn.Module, kwargs: dict[str, Any], inputs: Windows, targets: Windows, window: int
+) -> Tensor:
+    """Mean over the tokens of a window of `|layer(x) - y|^2 / |y|^2`; a scalar, differentiable."""
+    device = next(layer.parameters()).device
+    target = targets.get(window, device)
+    result = layer(inputs.get(window, device), **kwargs)
+    output: Tensor = result[0] if isinstance(result, tuple) else result
+    energy = target.square().sum(-1).clamp_min(torch.finfo(target.dtype).tiny)
+    return ((output - target).square().sum(-1) / energy).mean()
 
 
 def _replayed(linear: nn.Module, known: Tensor, replay: Replay) -> Callable[..., Any]:

@@ -26,9 +26,14 @@ Fraction = float | None
 
 def run_options(
     recipe: Annotated[Path | None, Option(help="File of these options; explicit ones win.")] = None,
-    method: Annotated[Text, Option(help="magnitude, wanda, sparsegpt or fista.")] = None,
+    method: Annotated[
+        Text, Option(help="magnitude, wanda, sparsegpt, fista, fista-plus, admm or best.")
+    ] = None,
     pattern: Annotated[Text, Option(help="keep:of (2:4, 4:8, ...) or a sparsity (50%).")] = None,
     scope: Annotated[Text, Option(help="Over what a sparsity counts: row or matrix.")] = None,
+    allocate: Annotated[
+        bool | None, Option(help="Spread a ratio over layers by measured error curves.")
+    ] = None,
     ignore: Annotated[
         list[str] | None, Option(help="Glob of tensors that stay dense; repeatable.")
     ] = None,
@@ -43,7 +48,12 @@ def run_options(
     true_sequential: Annotated[
         bool | None, Option(help="Operators see pruned earlier ones.")
     ] = None,
-    damping: Annotated[Fraction, Option(help="SparseGPT: relative to the diagonal.")] = None,
+    correction: Annotated[Fraction, Option(help="Target dense: share of drift made up.")] = None,
+    refit: Annotated[bool | None, Option(help="Solve kept weights again afterwards.")] = None,
+    search: Annotated[bool | None, Option(help="Search better masks afterwards.")] = None,
+    damping: Annotated[Fraction, Option(help="SparseGPT, ADMM: relative to the diagonal.")] = None,
+    rho_schedule: Annotated[Text, Option(help="ADMM: published or slow.")] = None,
+    budget: Annotated[Number, Option(help="Best: products with the Gram an operator.")] = None,
     warm_start: Annotated[Text, Option(help="FISTA: auto, wanda or sparsegpt.")] = None,
     iterations: Annotated[Number, Option(help="FISTA: iterations a round.")] = None,
     xi: Annotated[Fraction, Option(help="FISTA: rounding's share that raises lambda.")] = None,
@@ -51,6 +61,12 @@ def run_options(
     lambda_start: Annotated[
         Fraction, Option(help="FISTA: first lambda, in relative units.")
     ] = None,
+    tune_block: Annotated[
+        bool | None, Option(help="Fit kept weights to the dense layer's output.")
+    ] = None,
+    tune_steps: Annotated[Number, Option(help="Tuning: most Adam steps a layer.")] = None,
+    tune_rate: Annotated[Fraction, Option(help="Tuning: first relative step size.")] = None,
+    tune_batch: Annotated[Number, Option(help="Tuning: windows a step.")] = None,
     memory: Annotated[Text, Option(help="Bound on memory, such as 4GiB.")] = None,
     device: Device = None,
     threads: Threads = None,

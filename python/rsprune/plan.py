@@ -124,6 +124,12 @@ def prepare(folder: Path, config: Config, out: Path | None) -> Prepared:
 def parse_pattern(config: Config) -> _core.Pattern:
     """The pattern of the configuration, with the method's scope unless the user chose one."""
     scope = config.scope or methods.get(config.method).scope
+    if config.allocate:
+        if ":" in config.pattern:
+            raise UsageError(
+                f"option allocate: expected a ratio such as 70%, found {config.pattern}"
+            )
+        scope = "matrix"  # zeros of a row could not add up to the exact ratio
     try:
         return _core.Pattern(config.pattern, scope)
     except ValueError as error:

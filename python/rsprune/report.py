@@ -1,7 +1,7 @@
 """`rsprune-report.jsonl`: what a run did, one JSON object a line, written as the run goes.
 
-Each line has a `kind`: run, tensor, layer, file or summary. A run that was resumed may repeat
-a line; the last one counts. A report without its summary belongs to an unfinished run.
+Each line has a `kind`: run, allocation, tensor, layer, file or summary. A run that was resumed may
+repeat a line; the last one counts. A report without its summary belongs to an unfinished run.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from rsprune.errors import RspruneError
 __all__ = ["REPORT_NAME", "Journal", "KindRow", "Report", "by_kind", "load_report"]
 
 REPORT_NAME = "rsprune-report.jsonl"
-KINDS = ("run", "tensor", "layer", "file", "summary")
+KINDS = ("run", "allocation", "tensor", "layer", "file", "summary")
 KEYS = {"tensor": "name", "layer": "layer", "file": "file"}  # what tells two lines of a kind apart
 
 Record = dict[str, Any]
@@ -38,7 +38,7 @@ class Journal:
         """Appends one line.
 
         Args:
-            kind: run, tensor, layer, file or summary.
+            kind: one of `KINDS`.
             fields: anything that JSON has, NumPy scalars, paths and tuples; NaN becomes null.
 
         Raises:
@@ -90,6 +90,7 @@ class Report:
     summary: Record | None
     folder: Path
     files: list[Record] = field(default_factory=list)
+    allocation: Record | None = None
 
 
 def load_report(folder: str | Path) -> Report:
@@ -112,8 +113,9 @@ def load_report(folder: str | Path) -> Report:
     if not found["run"]:
         raise RspruneError(f"{path}: expected a record of kind run, found none in {len(lines)}")
     tensors, layers, files = (list(found[kind].values()) for kind in KEYS)
-    summary = found["summary"].get(None)
-    return Report(found["run"][None], tensors, layers, summary, Path(folder), files)
+    summary, allocation = found["summary"].get(None), found["allocation"].get(None)
+    run = found["run"][None]
+    return Report(run, tensors, layers, summary, Path(folder), files, allocation)
 
 
 def _parse(line: bytes, where: str) -> Record:

@@ -24,9 +24,10 @@ import transformers
 from numpy.typing import NDArray
 
 from rsprune import _core, methods
+from rsprune.allocate import allocate, exact_patterns, measure
 from rsprune.calibrate import GroupStatistics, LayerJob
 from rsprune.card import model_card
-from rsprune.checkpoint import OutputFolder, check_output
+from rsprune.checkpoint import TORCH_DTYPES, OutputFolder, as_stored, check_output
 from rsprune.config import Config
 from rsprune.data import Corpus, calibration_windows, load_texts, split_heldout
 from rsprune.errors import RspruneError
@@ -98,7 +99,6 @@ class _Run:
         self.start_rss = rss_anon()
         self.timing = Timing()
         self.method = methods.get(config.method)
-        self.pattern = parse_pattern(config)
         self.threads = config.threads or _core.default_threads()
         self.passes = 0.0
         self.zeros = 0
@@ -137,12 +137,31 @@ class _Run:
             for window, hidden in enumerate(self.prepared.stream.embed(self.windows)):
                 dense.put(window, hidden)
         own = dense
-        if self.prepared.inputs.propagate == "model" and self.prepared.inputs.target == "dense":
+        inputs = self.prepared.inputs
+        two = inputs.target == "dense" or self.config.tune_block
+        if inputs.propagate == "model" and two:
             own = self._store(output, "own", channels)
             own.copy_from(dense)
+        self.patterns = self._patterns()
         self.progress.stage("layers", len(self.plan.operators))
         for index in range(self.plan.layers):
             dense, own = self._write_layer(output, index, dense, own)
+
+    def _patterns(self) -> dict[str, _core.Pattern]:
+        """What every operator is pruned to, by the name of its weight."""
+        pattern, operators = parse_pattern(self.config), self.plan.operators
+        if not self.config.allocate:
+            return {operator.name: pattern for operator in operators}
+        with self.timing.stage("allocate"):
+            self.progress.stage("allocate", self.plan.layers)
+            curves = measure(self.prepared, self.windows, self.config, self.threads, self.progress)
+            layers = allocate(curves, pattern.sparsity)
+        self.journal.write(
+            "allocation",
+            layers=layers,
+            curves=[[curve.intercept, curve.slope] for curve in curves],
+        )
+        return exact_patterns(operators, layers, pattern.sparsity)
 
     def _write_layer(
         self, output: OutputFolder, index: int, dense: Windows, own: Windows
@@ -165,6 +184,8 @@ class _Run:
             pool=skeleton.pool,
             where=f"layer {index}",
             timing=self.timing,
+            correction=self.config.correction,
+            tuned=self.config.tune_block,
         )
         changed: dict[str, NDArray[Any]] = {}
         for group, statistics in job.groups(dense, own):
@@ -174,6 +195,7 @@ class _Run:
                     weight = self._solve(operator, statistics)
                     changed[operator.name] = weight
                     job.set_weight(linear, weight, operator.dtype)
+        tuning = self._tune(index, job, changed) if self.config.tune_block else None
         dense, own = job.advance()
         self.passes += job.passes
         skeleton.drop_layer(index)
@@ -183,6 +205,8 @@ class _Run:
             file = self._shard(index + 1)
             record = output.put_shard(file, self.prepared.checkpoint, names, changed)
         elapsed = time.perf_counter() - started
+        if tuning is not None:
+            record["tuning"] = tuning
         self.journal.write(
             "layer", layer=index, seconds=elapsed, rss_anon=self.peak.sample(), **record
         )
@@ -195,16 +219,17 @@ class _Run:
             task = methods.Operator(
                 weight=self.prepared.checkpoint.lend(operator.name),
                 dtype=operator.dtype,
-                pattern=self.pattern,
+                pattern=self.patterns[operator.name],
                 calibration=statistics.calibration,
                 heldout=statistics.heldout,
             )
             try:
-                weight, certificate = self.method.solve(
-                    task,
-                    self.config,
-                    model_type=self.prepared.skeleton.config.model_type,
-                    threads=self.threads,
+                model_type = self.prepared.skeleton.config.model_type
+                pruned = self.method.solve(
+                    task, self.config, model_type=model_type, threads=self.threads
+                )
+                weight, certificate = methods.polish(
+                    task, pruned, self.config, threads=self.threads
                 )
             except ValueError as error:
                 raise RspruneError(f"{operator.name}: {error}") from None
@@ -216,7 +241,7 @@ class _Run:
             shape=[operator.rows, operator.columns],
             dtype=operator.dtype,
             method=self.method.name,
-            pattern=str(self.pattern),
+            pattern=str(self.patterns[operator.name]),
             scope=self.config.scope or self.method.scope,
             seconds=time.perf_counter() - started,
             **certificate,
@@ -224,6 +249,24 @@ class _Run:
         place = f"layer {operator.layer + 1}/{self.plan.layers} {operator.linear}"
         self.progress.step(place, certificate["error"])
         return weight
+
+    def _tune(
+        self, index: int, job: LayerJob, changed: dict[str, NDArray[Any]]
+    ) -> dict[str, float]:
+        """Tunes the layer that `job` holds; puts what it stores into `changed`."""
+        skeleton, tensors = self.prepared.skeleton, self.prepared.checkpoint.tensors
+        disk_names, dtypes = {}, {}
+        for name, parameter in skeleton.layers[index].named_parameters():
+            on_disk = skeleton.disk_name(skeleton.layer_name(index, name))
+            if on_disk is not None and (on_disk in changed or parameter.dim() == 1):
+                disk_names[name] = on_disk
+                dtypes[name] = TORCH_DTYPES[tensors[on_disk].dtype]
+        tuned = job.tune(dtypes, self.config)
+        for name, value in tuned.values.items():
+            changed[disk_names[name]] = as_stored(value, dtypes[name])
+        place = f"layer {index + 1}/{self.plan.layers} tuned"
+        self.progress.note(f"{place}: {tuned.before:.4f} -> {tuned.after:.4f}")
+        return {"before": tuned.before, "after": tuned.after, "steps": tuned.steps}
 
     def finish(self, output: OutputFolder, model: str) -> None:
         """Writes what is not a decoder layer, the card and the index, and names the folder."""

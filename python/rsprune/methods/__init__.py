@@ -4,15 +4,22 @@ from __future__ import annotations
 
 from rsprune.config import Config
 from rsprune.errors import UsageError
+from rsprune.methods.admm import Admm
 from rsprune.methods.base import Inputs, Method, Operator
+from rsprune.methods.best import Best
 from rsprune.methods.fista import Fista
+from rsprune.methods.fista_plus import FistaPlus
 from rsprune.methods.magnitude import Magnitude
+from rsprune.methods.polish import polish
 from rsprune.methods.sparsegpt import SparseGPT
 from rsprune.methods.wanda import Wanda
 
-__all__ = ["Inputs", "Method", "Operator", "get", "inputs_of", "names"]
+__all__ = ["Inputs", "Method", "Operator", "get", "inputs_of", "names", "polish"]
 
-_METHODS: dict[str, Method] = {m.name: m for m in (Magnitude(), Wanda(), SparseGPT(), Fista())}
+_ALL: tuple[Method, ...] = (
+    Magnitude(), Wanda(), SparseGPT(), Fista(), FistaPlus(), Admm(), Best(),
+)  # fmt: skip
+_METHODS = {method.name: method for method in _ALL}
 
 
 def names() -> list[str]:

@@ -39,6 +39,11 @@ class Inputs:
     target: Literal["dense", "own"]
     true_sequential: bool
 
+    @property
+    def needs_dense(self) -> bool:
+        """Whether the dense layer must run, beside or instead of the compressed one."""
+        return self.propagate == "layer" or self.target == "dense"
+
 
 Pruned = tuple[NDArray[np.uint16] | NDArray[np.float32], dict[str, Any]]
 """The pruned weight as it is stored, and its certificate."""

@@ -15,6 +15,9 @@ from rsprune import _core
 from rsprune.config import Config
 from rsprune.methods.base import Inputs, Operator, Pruned
 
+LAMBDA_START = 0.01
+"""In units of the mean squared input times the weights' rms; reconstructed."""
+
 
 class Fista:
     """The convex method, with the constants of the paper."""
@@ -35,7 +38,7 @@ class Fista:
             iterations=config.iterations,
             xi=config.xi,
             patience=config.patience,
-            lambda_start=config.lambda_start,
+            lambda_start=config.lambda_start or LAMBDA_START,
             damping=config.damping,
             threads=threads,
         )

@@ -4,23 +4,37 @@ They exist to be read next to a paper and to be compared with; tests and documen
 them, the package itself never does.
 """
 
+from rsprune.reference.admm import AdmmPoint, admm
 from rsprune.reference.certificate import quadratic_error, relative_error
 from rsprune.reference.fista import FistaPoint, fista
+from rsprune.reference.fista_plus import fista_plus
+from rsprune.reference.local_search import local_search
 from rsprune.reference.pattern import Pattern
+from rsprune.reference.polish import Polished, polish
+from rsprune.reference.refit import refit
+from rsprune.reference.scaled import Scaled
 from rsprune.reference.scores import magnitude, wanda
 from rsprune.reference.sparsegpt import sparsegpt
 from rsprune.reference.statistics import Matrix, Statistics
 from rsprune.reference.storage import narrow, widen
 
 __all__ = [
+    "AdmmPoint",
     "FistaPoint",
     "Matrix",
     "Pattern",
+    "Polished",
+    "Scaled",
     "Statistics",
+    "admm",
     "fista",
+    "fista_plus",
+    "local_search",
     "magnitude",
     "narrow",
+    "polish",
     "quadratic_error",
+    "refit",
     "relative_error",
     "sparsegpt",
     "wanda",

@@ -77,6 +77,11 @@ impl Pattern {
     /// Sets to zero what the pattern does not allow: in every unit the entries with the smallest
     /// `|value| * scale[column]`, the first of equals first. `values` is `[rows, cols]`.
     pub fn project(&self, values: &mut [f32], cols: usize, scale: Option<&[f32]>) {
+        match (*self, scale) {
+            (Pattern::KeepOf { keep, of: 4 }, None) => return keep_largest::<4>(values, keep),
+            (Pattern::KeepOf { keep, of: 8 }, None) => return keep_largest::<8>(values, keep),
+            _ => {}
+        }
         let unit = match *self {
             Pattern::KeepOf { of, .. } => of,
             Pattern::Ratio { scope: Scope::Row, .. } => cols,
@@ -113,6 +118,24 @@ impl Pattern {
             Pattern::Ratio { sparsity, scope: Scope::Matrix } => {
                 zeros(values) >= Pattern::zeros(sparsity, values.len())
             }
+        }
+    }
+}
+
+/// Keeps the `keep` largest of every `OF` values without a branch: iterative solvers do this to all
+/// weights in every step. Of equals the last one counts as larger, as in [`for_smallest`].
+fn keep_largest<const OF: usize>(values: &mut [f32], keep: usize) {
+    for group in values.as_chunks_mut::<OF>().0 {
+        let mut larger = [0usize; OF];
+        for i in 0..OF {
+            for j in i + 1..OF {
+                let second = group[j].abs() >= group[i].abs();
+                larger[i] += usize::from(second);
+                larger[j] += usize::from(!second);
+            }
+        }
+        for (value, larger) in group.iter_mut().zip(larger) {
+            *value = if larger < keep { *value } else { 0.0 };
         }
     }
 }
@@ -182,9 +205,15 @@ mod tests {
             let sparsity = f64::from(8 - keep as u32) / 8.0;
             for pattern in [
                 Pattern::KeepOf { keep, of: 8 },
+                Pattern::KeepOf { keep: keep.div_ceil(2), of: 4 },
                 Pattern::Ratio { sparsity, scope: Scope::Row },
                 Pattern::Ratio { sparsity, scope: Scope::Matrix },
             ] {
+                // Without a scale groups take a path of their own.
+                let (mut unscaled, mut ones) = (w.clone(), w.clone());
+                pattern.project(&mut unscaled, cols, None);
+                pattern.project(&mut ones, cols, Some(&vec![1.0; cols]));
+                prop_assert_eq!(unscaled, ones);
                 let mut v = w.clone();
                 pattern.project(&mut v, cols, Some(&scale));
                 prop_assert!(pattern.holds(&v, cols));
@@ -200,7 +229,10 @@ mod tests {
                     order.sort_by(|a, b| {
                         (w[*a].abs() * scale[a % cols]).total_cmp(&(w[*b].abs() * scale[b % cols]))
                     });
-                    let zeros = (sparsity * unit as f64).round() as usize;
+                    let zeros = match pattern {
+                        Pattern::KeepOf { keep, of } => of - keep,
+                        _ => (sparsity * unit as f64).round() as usize,
+                    };
                     for (place, i) in order.iter().enumerate() {
                         prop_assert_eq!(v[*i], if place < zeros { 0.0 } else { w[*i] });
                     }

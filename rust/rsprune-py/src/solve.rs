@@ -6,12 +6,15 @@ use crate::errors::to_py;
 use numpy::{PyArray1, PyArray2, PyReadonlyArray2, PyUntypedArrayMethods};
 use pyo3::exceptions::{PyTypeError, PyValueError};
 use pyo3::prelude::*;
-use pyo3::types::PyDict;
+use pyo3::types::{IntoPyDict, PyDict};
 use rsprune_core::Result;
 use rsprune_core::kernels::Kernel;
 use rsprune_core::par::Job;
 use rsprune_core::pattern::{Pattern as CorePattern, Scope};
-use rsprune_core::solve::{self, Certificate, FistaOptions, Solution, Task, WarmStart};
+use rsprune_core::solve::{
+    self, AdmmOptions, Certificate, FistaOptions, FistaPlusOptions, PolishOptions, Solution, Task,
+    WarmStart,
+};
 use std::sync::RwLock;
 
 /// A sparsity pattern: "2:4" or "50%" with scope "row" or "matrix".
@@ -218,6 +221,11 @@ fn certificate_dict<'py>(py: Python<'py>, c: &Certificate) -> PyResult<Bound<'py
     dict.set_item("rounds", c.rounds)?;
     dict.set_item("iterations", c.iterations)?;
     dict.set_item("converged", c.converged)?;
+    c.damping.map_or(Ok(()), |v| dict.set_item("refit_damping", v))?;
+    c.search.map_or(Ok(()), |kept| dict.set_item("search_kept", kept))?;
+    if !c.candidates.is_empty() {
+        dict.set_item("candidates", c.candidates.clone().into_py_dict(py)?)?;
+    }
     Ok(dict)
 }
 
@@ -291,11 +299,80 @@ fn fista<'py>(
     solve_with(py, &operator, threads, |job, task| solve::fista(job, task, &options))
 }
 
+/// FISTA in scaled variables with restarts, refits and a held-out choice.
+#[pyfunction]
+#[pyo3(signature = (operator, *, iterations, xi, patience, lambda_start, threads = None))]
+fn fista_plus<'py>(
+    py: Python<'py>,
+    operator: Operator<'py>,
+    iterations: usize,
+    xi: f64,
+    patience: usize,
+    lambda_start: f64,
+    threads: Option<usize>,
+) -> PyResult<Pruned<'py>> {
+    let options = FistaPlusOptions {
+        iterations,
+        xi,
+        patience,
+        lambda: lambda_start,
+        ..FistaPlusOptions::default()
+    };
+    solve_with(py, &operator, threads, |job, task| solve::fista_plus(job, task, &options))
+}
+
+/// ADMM with a growing penalty; `slow` takes about twice the iterations.
+#[pyfunction]
+#[pyo3(signature = (operator, *, damping, slow, threads = None))]
+fn admm<'py>(
+    py: Python<'py>,
+    operator: Operator<'py>,
+    damping: f64,
+    slow: bool,
+    threads: Option<usize>,
+) -> PyResult<Pruned<'py>> {
+    let schedule = if slow { AdmmOptions::slow() } else { AdmmOptions::published() };
+    let options = AdmmOptions { damping, ..schedule };
+    solve_with(py, &operator, threads, |job, task| solve::admm(job, task, &options))
+}
+
+/// The best of several methods by held-out error, within `budget` products with the Gram.
+#[pyfunction]
+#[pyo3(signature = (operator, *, budget, threads = None))]
+fn best<'py>(
+    py: Python<'py>,
+    operator: Operator<'py>,
+    budget: usize,
+    threads: Option<usize>,
+) -> PyResult<Pruned<'py>> {
+    solve_with(py, &operator, threads, |job, task| solve::best(job, task, budget))
+}
+
+/// Refit and local search from `values [m, n]` (as they are stored), guarded by held-out error.
+#[pyfunction]
+#[pyo3(signature = (operator, values, *, refit, search, threads = None))]
+fn polish<'py>(
+    py: Python<'py>,
+    operator: Operator<'py>,
+    values: &Bound<'py, PyAny>,
+    refit: bool,
+    search: bool,
+    threads: Option<usize>,
+) -> PyResult<Pruned<'py>> {
+    let values = Stored::extract(values, &operator.dtype)?.widen()?;
+    let options = PolishOptions { refit, search, ..PolishOptions::default() };
+    solve_with(py, &operator, threads, |job, task| solve::polish(job, task, values, &options))
+}
+
 pub fn register(m: &Bound<'_, PyModule>) -> PyResult<()> {
     m.add_class::<Pattern>()?;
     m.add_class::<Statistics>()?;
     m.add_function(wrap_pyfunction!(magnitude, m)?)?;
     m.add_function(wrap_pyfunction!(wanda, m)?)?;
     m.add_function(wrap_pyfunction!(sparsegpt, m)?)?;
-    m.add_function(wrap_pyfunction!(fista, m)?)
+    m.add_function(wrap_pyfunction!(fista, m)?)?;
+    m.add_function(wrap_pyfunction!(fista_plus, m)?)?;
+    m.add_function(wrap_pyfunction!(admm, m)?)?;
+    m.add_function(wrap_pyfunction!(best, m)?)?;
+    m.add_function(wrap_pyfunction!(polish, m)?)
 }

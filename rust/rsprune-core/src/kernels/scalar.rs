@@ -1,11 +1,12 @@
 //! The obvious loops, on arrays small enough that a compiler keeps them in registers.
 
-use super::Kernel;
+use super::{Features, Kernel};
 
 const MR: usize = 4;
 const NR: usize = 8;
 
-pub(super) const KERNEL: Kernel = Kernel { name: "scalar", mr: MR, nr: NR, tile };
+pub(super) const KERNEL: Kernel =
+    Kernel { name: "scalar", mr: MR, nr: NR, tile, features: Features::Baseline };
 
 #[allow(unsafe_code)] // the signature of TileFn
 unsafe fn tile(k: usize, a: *const f32, b: *const f32, c: *mut f32, stride: usize) {

@@ -5,18 +5,38 @@
 //! peak on packed panels that lie in L2.
 #![allow(unsafe_code)] // vector intrinsics on raw panels; `Kernel::tile` checks all lengths
 
-use super::Kernel;
+use super::{Features, Kernel};
 use std::arch::x86_64::*;
 
 pub(super) fn available() -> Vec<Kernel> {
     let mut kernels = Vec::new();
     if is_x86_feature_detected!("avx512f") {
-        kernels.push(Kernel { name: "avx512", mr: 14, nr: 32, tile: tile_avx512 });
+        let features = Features::Avx512;
+        kernels.push(Kernel { name: "avx512", mr: 14, nr: 32, tile: tile_avx512, features });
     }
     if is_x86_feature_detected!("avx2") && is_x86_feature_detected!("fma") {
-        kernels.push(Kernel { name: "avx2", mr: 6, nr: 16, tile: tile_avx2 });
+        let features = Features::Avx2;
+        kernels.push(Kernel { name: "avx2", mr: 6, nr: 16, tile: tile_avx2, features });
     }
     kernels
+}
+
+/// Runs `pass`, inlined and compiled for AVX-512.
+///
+/// # Safety
+/// The CPU has the feature.
+#[target_feature(enable = "avx512f")]
+pub(super) unsafe fn with_avx512<T>(pass: impl FnOnce() -> T) -> T {
+    pass()
+}
+
+/// Runs `pass`, inlined and compiled for AVX2.
+///
+/// # Safety
+/// The CPU has the features.
+#[target_feature(enable = "avx2,fma")]
+pub(super) unsafe fn with_avx2<T>(pass: impl FnOnce() -> T) -> T {
+    pass()
 }
 
 macro_rules! tile {

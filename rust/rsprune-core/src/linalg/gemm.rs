@@ -8,6 +8,7 @@
 
 use super::pack::{PackedB, Scratch};
 use crate::kernels::Kernel;
+use std::ops::Range;
 
 /// Rows that one worker carries through all its iterations: 7 tiles of the widest kernel, so that
 /// its state stays in L2 and a key projection of 192 rows still feeds two workers.
@@ -19,15 +20,29 @@ const K_CHUNK: usize = 256;
 pub fn gemm(
     kernel: &Kernel,
     scratch: &mut Scratch,
-    (a, rows, a_stride): (&[f32], usize, usize),
+    a: (&[f32], usize, usize),
     b: &PackedB,
     c: &mut [f32],
 ) {
-    assert!(c.len() >= rows * b.n, "C holds {} of {} values", c.len(), rows * b.n);
-    c[..rows * b.n].fill(0.0);
-    for k0 in (0..b.k).step_by(K_CHUNK) {
-        let k1 = (k0 + K_CHUNK).min(b.k);
-        let packed = scratch.pack_rows(kernel.mr, a, rows, (k0, k1), a_stride);
+    let len = a.1 * b.n;
+    assert!(c.len() >= len, "C holds {} of {len} values", c.len());
+    c[..len].fill(0.0);
+    gemm_add(kernel, scratch, a, b, 0..b.k, c);
+}
+
+/// Adds `a [rows, range] * b[range, :]` to `c [rows, b.n]`; rows of `a` lie `a_stride` apart.
+pub fn gemm_add(
+    kernel: &Kernel,
+    scratch: &mut Scratch,
+    (a, rows, a_stride): (&[f32], usize, usize),
+    b: &PackedB,
+    range: Range<usize>,
+    c: &mut [f32],
+) {
+    for k0 in range.clone().step_by(K_CHUNK) {
+        let k1 = (k0 + K_CHUNK).min(range.end);
+        let columns = (k0 - range.start, k1 - range.start);
+        let packed = scratch.pack_rows(kernel.mr, a, rows, columns, a_stride);
         for j in 0..b.n.div_ceil(kernel.nr) {
             let panel = b.panel(j, k0, k1);
             for (i, a_panel) in packed.chunks_exact(kernel.mr * (k1 - k0)).enumerate() {
@@ -63,6 +78,7 @@ fn add_tile(
 }
 
 /// `sum_i a_i b_i`, accumulated in f64 over eight fixed lanes.
+#[inline]
 pub fn dot(a: &[f32], b: &[f32]) -> f64 {
     let mut lanes = [0.0f64; 8];
     let (pairs_a, pairs_b) = (a.chunks_exact(8), b.chunks_exact(8));

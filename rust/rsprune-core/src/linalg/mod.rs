@@ -1,16 +1,18 @@
 //! Dense linear algebra on row-major `f32`: packed products, Gram sums, one Cholesky, one
-//! largest eigenvalue. Everything is serial inside of a row block; blocks run in parallel.
+//! inverse, one largest eigenvalue. Everything is serial inside of a row block; blocks run in parallel.
 
 mod cholesky;
 mod gemm;
 mod gram;
+mod inverse;
 mod pack;
 mod power;
 mod triangular;
 
 pub use cholesky::reversed_cholesky;
-pub use gemm::{ROW_BLOCK, dot, gemm, quadratic_form};
+pub use gemm::{ROW_BLOCK, dot, gemm, gemm_add, quadratic_form};
 pub use gram::GramSum;
+pub use inverse::invert;
 pub use pack::{PackedB, Scratch};
 pub use power::largest_eigenvalue;
 pub use triangular::solve_rows;

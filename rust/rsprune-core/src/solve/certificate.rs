@@ -41,6 +41,12 @@ pub struct Certificate {
     pub iterations: usize,
     /// Whether the method stopped by its own rule and not by a cap.
     pub converged: bool,
+    /// Relative damping of the refit that was kept.
+    pub damping: Option<f64>,
+    /// Whether local search was tried, and whether its point was kept.
+    pub search: Option<bool>,
+    /// The candidates of a method that chooses among methods, with what each was judged by.
+    pub candidates: Vec<(&'static str, f64)>,
 }
 
 /// A pruned operator.
@@ -64,24 +70,31 @@ impl Task<'_> {
         mut values: Vec<f32>,
         term: &GramQuadratic,
     ) -> Result<Solution> {
+        self.store(&mut values);
+        let mut certificate = self.certificate(&values);
+        certificate.error = term.relative_error(job, &values)?;
+        if let Some(stats) = self.heldout {
+            let term = GramQuadratic::new(job, self.weight, stats)?;
+            certificate.heldout = Some(term.relative_error(job, &values)?);
+        }
+        Ok(Solution { values, certificate })
+    }
+
+    /// Rounds to the stored type.
+    pub(super) fn store(&self, values: &mut [f32]) {
         values.iter_mut().for_each(|v| *v = self.float.round(*v));
-        assert!(self.pattern.holds(&values, self.cols()), "a solver left its pattern");
+        assert!(self.pattern.holds(values, self.cols()), "a solver left its pattern");
+    }
+
+    /// What is known of `values` without their errors.
+    pub(super) fn certificate(&self, values: &[f32]) -> Certificate {
         let zeros = values.iter().filter(|v| **v == 0.0).count();
-        let heldout = match self.heldout {
-            Some(stats) => {
-                Some(GramQuadratic::new(job, self.weight, stats)?.relative_error(job, &values)?)
-            }
-            None => None,
-        };
-        let certificate = Certificate {
-            error: term.relative_error(job, &values)?,
-            heldout,
+        Certificate {
             sparsity: zeros as f64 / values.len().max(1) as f64,
             tokens: self.calibration.tokens(),
             dead_channels: self.calibration.dead_channels(),
             converged: true,
             ..Certificate::default()
-        };
-        Ok(Solution { values, certificate })
+        }
     }
 }

@@ -4,7 +4,9 @@
 //! J = 1/2 tr(D G D^T) + <D, B> + c,   B = W P,   c = 1/2 tr(W Q W^T),   grad J = D G + B
 //! ```
 //! All matrices are divided by the mean of `diag(G)`, so step sizes and penalties do not depend
-//! on the number of tokens or on the scale of the activations.
+//! on the number of tokens or on the scale of the activations. In the *scaled* form the variables
+//! are `W R` with `R = diag(sqrt G_jj)` as well, so that `diag(G)` is one: plain gradient steps are
+//! then preconditioned, and a weight's size is what it does to the output.
 
 use super::Statistics;
 use super::statistics::Sum;
@@ -13,16 +15,22 @@ use crate::float::first_non_finite;
 use crate::kernels::Kernel;
 use crate::linalg::{PackedB, ROW_BLOCK, Scratch, dot, gemm, quadratic_form};
 use crate::par::Job;
+use std::borrow::Cow;
+use std::ops::Range;
+
+/// Channels count as at least this much of the mean one: scaling stays invertible where a channel
+/// is dead, and its weights are the first to go.
+const SMALLEST_ROOT: f64 = 1e-3;
 
 /// One operator's data term, ready to be evaluated.
 pub struct GramQuadratic<'a> {
     /// The kernel for products with `G`.
     pub kernel: Kernel,
-    /// `W [m, n]`.
-    pub weight: &'a [f32],
+    /// `W [m, n]`, in the variables of this term.
+    pub weight: Cow<'a, [f32]>,
     /// Input channels.
     pub n: usize,
-    /// `G [n, n]`, normalised to a mean diagonal of one.
+    /// `G [n, n]`, normalised to a mean diagonal of one (scaled: to a diagonal of ones).
     pub gram: Vec<f32>,
     /// `G`, packed.
     pub packed: PackedB,
@@ -37,6 +45,32 @@ pub struct GramQuadratic<'a> {
 impl<'a> GramQuadratic<'a> {
     /// The data term of `weight [m, n]` under the sums of its input.
     pub fn new(job: &Job, weight: &'a [f32], stats: &Statistics) -> Result<GramQuadratic<'a>> {
+        let unit = vec![1.0 / mean_root(stats); stats.width()];
+        GramQuadratic::build(job, Cow::Borrowed(weight), stats, &unit)
+    }
+
+    /// The same in the variables `weight * roots`; see [`roots`].
+    pub fn scaled(
+        job: &Job,
+        weight: &[f32],
+        stats: &Statistics,
+        roots: &[f32],
+    ) -> Result<GramQuadratic<'static>> {
+        let mean = mean_root(stats);
+        let inverse: Vec<f64> = roots.iter().map(|r| 1.0 / (mean * f64::from(*r))).collect();
+        let mut scaled = weight.to_vec();
+        for row in scaled.chunks_exact_mut(roots.len().max(1)) {
+            row.iter_mut().zip(roots).for_each(|(w, r)| *w *= r);
+        }
+        GramQuadratic::build(job, Cow::Owned(scaled), stats, &inverse)
+    }
+
+    fn build(
+        job: &Job,
+        weight: Cow<'a, [f32]>,
+        stats: &Statistics,
+        s: &[f64],
+    ) -> Result<GramQuadratic<'a>> {
         let (kernel, n) = (Kernel::select()?, stats.width());
         if n == 0 || !weight.len().is_multiple_of(n) {
             return Err(Error::Shape {
@@ -45,33 +79,28 @@ impl<'a> GramQuadratic<'a> {
                 found: format!("{} values", weight.len()),
             });
         }
-        if let Some(index) = first_non_finite(weight) {
+        if let Some(index) = first_non_finite(&weight) {
             return Err(Error::NonFinite { what: "weight".into(), index });
         }
-        let unit = stats.diagonal().iter().sum::<f64>() / n as f64;
-        let scale = if unit > 0.0 { 1.0 / unit } else { 1.0 };
-        let gram = stats.matrix(job, Sum::Gram, scale)?;
+        let gram = stats.matrix(job, Sum::Gram, s)?;
         let packed = PackedB::new(&kernel, &gram, n, n, n);
-        let mut term = GramQuadratic {
-            kernel,
-            weight,
-            n,
-            gram,
-            packed,
-            linear: None,
-            constant: 0.0,
-            energy: 0.0,
-        };
+        let (linear, constant, energy) = (None, 0.0, 0.0);
+        let mut term = GramQuadratic { kernel, weight, n, gram, packed, linear, constant, energy };
         if stats.corrected() {
-            let packed = |which| Ok(term.pack(&stats.matrix(job, which, scale)?));
-            let energy = term.form(job, weight, &packed(Sum::Dense)?)?;
-            let constant = term.form(job, weight, &packed(Sum::Drift)?)?;
-            let linear = term.product(job, weight, &packed(Sum::Cross)?)?;
+            let packed = |which| Ok(term.pack(&stats.matrix(job, which, s)?));
+            let energy = term.form(job, &term.weight, &packed(Sum::Dense)?)?;
+            let constant = term.form(job, &term.weight, &packed(Sum::Drift)?)?;
+            let linear = term.product(job, &term.weight, &packed(Sum::Cross)?)?;
             (term.energy, term.constant, term.linear) = (energy, constant, Some(linear));
         } else {
-            term.energy = term.form(job, weight, &term.packed)?;
+            term.energy = term.form(job, &term.weight, &term.packed)?;
         }
         Ok(term)
+    }
+
+    /// Rows of the term's `linear` that lie in `range` of the flat matrix.
+    pub fn linear_rows(&self, range: Range<usize>) -> Option<&[f32]> {
+        self.linear.as_ref().map(|b| &b[range])
     }
 
     fn pack(&self, matrix: &[f32]) -> PackedB {
@@ -102,7 +131,7 @@ impl<'a> GramQuadratic<'a> {
 
     /// `|| V X* - W X ||^2 / || W X ||^2`.
     pub fn relative_error(&self, job: &Job, v: &[f32]) -> Result<f64> {
-        let d: Vec<f32> = v.iter().zip(self.weight).map(|(a, b)| a - b).collect();
+        let d: Vec<f32> = v.iter().zip(self.weight.iter()).map(|(a, b)| a - b).collect();
         let cross = self.linear.as_ref().map_or(0.0, |b| dot(&d, b));
         let error = self.form(job, &d, &self.packed)? + 2.0 * cross + self.constant;
         self.relative(error)
@@ -121,4 +150,16 @@ impl<'a> GramQuadratic<'a> {
         // Rounding may leave a tiny negative square; an operator without input has no error.
         Ok(if self.energy > 0.0 { error.max(0.0) / self.energy } else { 0.0 })
     }
+}
+
+/// The root of the mean of `diag(G)`; one where nothing was ever seen.
+fn mean_root(stats: &Statistics) -> f64 {
+    let mean = stats.diagonal().iter().sum::<f64>() / stats.width().max(1) as f64;
+    if mean > 0.0 { mean.sqrt() } else { 1.0 }
+}
+
+/// `sqrt(G_jj / mean) [n]`, bounded away from zero: what a unit of weight does to the output.
+pub fn roots(stats: &Statistics) -> Vec<f32> {
+    let mean = mean_root(stats);
+    stats.diagonal().iter().map(|g| (g.sqrt() / mean).max(SMALLEST_ROOT) as f32).collect()
 }

@@ -76,7 +76,7 @@ pub fn fista(job: &Job, task: &Task, options: &FistaOptions) -> Result<Solution>
     let term = GramQuadratic::new(job, task.weight, task.calibration)?;
     let mut best = match options.warm_start {
         WarmStart::Wanda => wanda_point(task),
-        WarmStart::SparseGpt => sparsegpt_point(job, task, &term, options.damping)?,
+        WarmStart::SparseGpt => sparsegpt_point(job, task.pattern, &term, options.damping)?,
     };
     let mut best_error = term.relative_error(job, &best)?;
     let mut search = LambdaSearch::new(options.lambda);
@@ -125,7 +125,7 @@ fn iterate(
     let len = ROW_BLOCK * term.n;
     job.map_blocks(&mut point, len, |i, v| {
         let range = i * len..i * len + v.len();
-        let linear = term.linear.as_ref().map(|b| &b[range.clone()]);
+        let linear = term.linear_rows(range.clone());
         let w = &term.weight[range];
         let rows = v.len() / term.n;
         let mut scratch = Scratch::default();
@@ -135,13 +135,17 @@ fn iterate(
         let mut t = 1.0f64;
         for _ in 0..iterations {
             job.check()?;
-            d.iter_mut().zip(&y).zip(w).for_each(|((d, y), w)| *d = y - w);
+            term.kernel.vectorised(|| {
+                d.iter_mut().zip(&y).zip(w).for_each(|((d, y), w)| *d = y - w);
+            });
             gemm(&term.kernel, &mut scratch, (&d, rows, term.n), &term.packed, &mut gradient);
-            if let Some(b) = linear {
-                gradient.iter_mut().zip(b).for_each(|(g, b)| *g += b);
-            }
             let next = (1.0 + (1.0 + 4.0 * t * t).sqrt()) / 2.0;
-            proximal_step(v, &mut y, &gradient, prox, ((t - 1.0) / next) as f32);
+            term.kernel.vectorised(|| {
+                if let Some(b) = linear {
+                    gradient.iter_mut().zip(b).for_each(|(g, b)| *g += b);
+                }
+                proximal_step(v, &mut y, &gradient, prox, ((t - 1.0) / next) as f32);
+            });
             t = next;
         }
         Ok(())
@@ -150,6 +154,7 @@ fn iterate(
 }
 
 /// `v' = soft(y - step * gradient, threshold)`, `y' = v' + momentum (v' - v)`.
+#[inline]
 fn proximal_step(v: &mut [f32], y: &mut [f32], gradient: &[f32], prox: Prox, momentum: f32) {
     let (step, threshold) = (prox.step as f32, prox.threshold as f32);
     for ((v, y), g) in v.iter_mut().zip(y).zip(gradient) {
@@ -161,8 +166,8 @@ fn proximal_step(v: &mut [f32], y: &mut [f32], gradient: &[f32], prox: Prox, mom
 }
 
 /// lambda: by factors of two until bracketed, then by bisection of the logarithm.
-struct LambdaSearch {
-    lambda: f64,
+pub(super) struct LambdaSearch {
+    pub lambda: f64,
     too_low: Option<f64>,
     too_high: Option<f64>,
 }
@@ -171,16 +176,16 @@ impl LambdaSearch {
     const RANGE: std::ops::Range<f64> = 1e-6..1e6;
     const RESOLUTION: f64 = 1e-3;
 
-    fn new(lambda: f64) -> LambdaSearch {
+    pub fn new(lambda: f64) -> LambdaSearch {
         LambdaSearch { lambda, too_low: None, too_high: None }
     }
 
-    fn bracketed(&self) -> bool {
+    pub fn bracketed(&self) -> bool {
         self.too_low.is_some() && self.too_high.is_some()
     }
 
     /// Moves on; false when there is no lambda left to try.
-    fn advance(&mut self, raise: bool) -> bool {
+    pub fn advance(&mut self, raise: bool) -> bool {
         if raise {
             self.too_low = Some(self.lambda);
         } else {

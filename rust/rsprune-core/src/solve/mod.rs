@@ -7,16 +7,27 @@
 //! compressed model. A method needs sums over tokens only ([`Statistics`]), never activations,
 //! and returns its point with a [`Certificate`] measured at the point that is stored.
 
+mod admm;
+mod best;
 mod certificate;
 mod datafit;
+mod descent;
 mod fista;
+mod fista_plus;
+mod polish;
+mod problem;
+mod refit;
 mod score;
 mod sparsegpt;
 mod statistics;
 
+pub use admm::{AdmmOptions, admm};
+pub use best::best;
 pub use certificate::{Certificate, Solution, Task};
 pub use datafit::GramQuadratic;
 pub use fista::{FistaOptions, WarmStart, fista};
+pub use fista_plus::{FistaPlusOptions, fista_plus};
+pub use polish::{PolishOptions, polish};
 pub use score::{magnitude, wanda};
 pub use sparsegpt::sparsegpt;
 pub use statistics::Statistics;

@@ -21,25 +21,25 @@ const BLOCK: usize = 128;
 /// `W - W P H^-1`, the unconstrained minimiser of the same objective (our reconstruction).
 pub fn sparsegpt(job: &Job, task: &Task, damping: f64) -> Result<Solution> {
     let term = GramQuadratic::new(job, task.weight, task.calibration)?;
-    let values = sparsegpt_point(job, task, &term, damping)?;
+    let values = sparsegpt_point(job, task.pattern, &term, damping)?;
     task.certify(job, values, &term)
 }
 
 /// SparseGPT's point, not yet rounded: also the warm start of other methods.
 pub(super) fn sparsegpt_point(
     job: &Job,
-    task: &Task,
+    pattern: Pattern,
     term: &GramQuadratic,
     damping: f64,
 ) -> Result<Vec<f32>> {
-    let n = task.cols();
+    let n = term.n;
     if !(damping >= 0.0 && damping.is_finite()) {
         return Err(Error::Option(format!("damping: must be at least 0, found {damping}")));
     }
     let mut r = term.gram.clone();
     (0..n).for_each(|i| r[i * n + i] += damping as f32); // the mean of diag(G) is one
     reversed_cholesky(job, &term.kernel, &mut r, n, damping)?;
-    let mut target = task.weight.to_vec();
+    let mut target = term.weight.to_vec();
     if let Some(linear) = &term.linear {
         let shift = solve_rows(job, linear, &r, n)?;
         target.iter_mut().zip(&shift).for_each(|(w, s)| *w -= s);
@@ -48,7 +48,7 @@ pub(super) fn sparsegpt_point(
     for block in (0..n).step_by(BLOCK) {
         let end = (block + BLOCK).min(n);
         sweep.feed_back(job, term, block, end)?;
-        sweep.prune_block(job, task.pattern, block, end)?;
+        sweep.prune_block(job, pattern, block, end)?;
     }
     Ok(sweep.values)
 }

@@ -121,9 +121,9 @@ impl Statistics {
         self.gram.diagonal()
     }
 
-    /// One of the matrices `[n, n]` times `scale`, in f32. Square tiles, as a symmetric sum is
-    /// read along columns above its diagonal.
-    pub(super) fn matrix(&self, job: &Job, which: Sum, scale: f64) -> Result<Vec<f32>> {
+    /// `diag(s) M diag(s)` in f32 for one of the matrices `M [n, n]` and `s [n]`. Square tiles, as
+    /// a symmetric sum is read along columns above its diagonal.
+    pub(super) fn matrix(&self, job: &Job, which: Sum, s: &[f64]) -> Result<Vec<f32>> {
         const TILE: usize = 64;
         let n = self.n;
         let mut out = vec![0.0f32; n * n];
@@ -131,8 +131,9 @@ impl Statistics {
             for j0 in (0..n).step_by(TILE) {
                 for (r, row) in rows.chunks_exact_mut(n).enumerate() {
                     let last = (j0 + TILE).min(n);
+                    let i = block * TILE + r;
                     for (j, out) in (j0..last).zip(&mut row[j0..last]) {
-                        *out = (self.entry(which, block * TILE + r, j) * scale) as f32;
+                        *out = (self.entry(which, i, j) * (s[i] * s[j])) as f32;
                     }
                 }
             }

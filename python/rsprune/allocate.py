@@ -1,0 +1,177 @@
+"""Non-uniform sparsity: a budget over decoder layers from measured error curves (ours).
+
+    min sum over layers of E_l(s_l)    subject to    sum N_l s_l = S N,   |s_l - S| <= RANGE
+
+`E_l(s)` is the relative error of the layer's output, token by token, when its operators are pruned
+to sparsity `s` on the dense model's hidden states: what a layer adds to the hidden states stays
+there, so errors of all layers add up. Each curve is measured at three sparsities (SparseGPT, a few
+windows) and fitted by an exponential, `ln E = a + b s`, for which the budget has a closed form:
+
+    b_l E_l(s_l) = mu N_l    =>    s_l = (ln(mu N_l / b_l) - a_l) / b_l,   mu by bisection
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from rsprune import _core
+from rsprune.calibrate import LayerJob
+from rsprune.checkpoint import TORCH_DTYPES
+from rsprune.config import Config
+from rsprune.layer_path import relative_error, with_parameters
+from rsprune.methods.base import Inputs
+from rsprune.methods.base import Operator as Task
+from rsprune.plan import Operator, Prepared, parse_pattern
+from rsprune.progress import Progress
+from rsprune.timing import Timing
+from rsprune.windows import Split, Windows
+
+RANGE = 0.12
+"""How far a layer's sparsity may be from the mean one."""
+WINDOWS = Split(6, 2)
+"""Calibration windows that curves are measured on; the second part judges."""
+DAMPING = 0.01
+
+
+@dataclass(frozen=True)
+class Curve:
+    """`ln E = intercept + slope * s` of one decoder layer with `weights` prunable weights."""
+
+    intercept: float
+    slope: float
+    weights: int
+
+    @classmethod
+    def fit(cls, points: Sequence[tuple[float, float]], weights: int) -> Curve:
+        """Least squares through `(sparsity, error)`; errors of zero count as tiny ones."""
+        x = torch.tensor([s for s, _ in points], dtype=torch.float64)
+        y = torch.tensor([max(e, 1e-12) for _, e in points], dtype=torch.float64).log()
+        centred = x - x.mean()
+        slope = float((centred @ (y - y.mean())) / (centred @ centred))
+        slope = max(slope, 0.1)  # noise must not make more zeros look better
+        return cls(float(y.mean()) - slope * float(x.mean()), slope, weights)
+
+    def error(self, sparsity: float) -> float:
+        """The fitted error."""
+        return math.exp(self.intercept + self.slope * sparsity)
+
+    def sparsity(self, log_mu: float, low: float, high: float) -> float:
+        """Where the curve's slope per weight is `exp(log_mu)`, within bounds."""
+        free = (log_mu + math.log(self.weights / self.slope) - self.intercept) / self.slope
+        return min(max(free, low), high)
+
+
+def allocate(curves: Sequence[Curve], sparsity: float) -> list[float]:
+    """The sparsity of every layer, by bisection of the multiplier.
+
+    Args:
+        curves: one per layer.
+        sparsity: what all layers together must have.
+    """
+    low, high = max(sparsity - RANGE, 0.0), min(sparsity + RANGE, 0.99)
+    total = sum(curve.weights for curve in curves)
+
+    def reached(log_mu: float) -> float:
+        return sum(c.weights * c.sparsity(log_mu, low, high) for c in curves) / total
+
+    left, right = -200.0, 200.0
+    for _ in range(100):
+        middle = (left + right) / 2
+        left, right = (middle, right) if reached(middle) < sparsity else (left, middle)
+    return [curve.sparsity(right, low, high) for curve in curves]
+
+
+def exact_patterns(
+    operators: Sequence[Operator], layers: Sequence[float], sparsity: float
+) -> dict[str, _core.Pattern]:
+    """A pattern for every operator so that the zeros of all together are exact.
+
+    What rounding leaves over is taken by the last operators, a zero each.
+    """
+    sizes = [o.rows * o.columns for o in operators]
+    zeros = [math.floor(layers[o.layer] * size) for o, size in zip(operators, sizes, strict=True)]
+    missing = round(sparsity * sum(sizes)) - sum(zeros)
+    step = 1 if missing > 0 else -1
+    for i in range(abs(missing)):
+        zeros[-1 - i % len(zeros)] += step
+    return {
+        o.name: _core.Pattern(repr(z / size), "matrix")
+        for o, z, size in zip(operators, zeros, sizes, strict=True)
+    }
+
+
+def measure(
+    prepared: Prepared, windows: Tensor, config: Config, threads: int, progress: Progress
+) -> list[Curve]:
+    """Error curves of all decoder layers, one in memory at a time.
+
+    Args:
+        prepared: the open model.
+        windows: [count, tokens] ids; the first few are used.
+        config: pattern.
+        threads: worker threads.
+        progress: is told of every layer.
+    """
+    skeleton, stream = prepared.skeleton, prepared.stream
+    chosen = windows[: WINDOWS.count]
+    held = min(WINDOWS.heldout, len(chosen) - 1)
+    split = Split(len(chosen) - held, held)
+    stores = {
+        name: Windows(len(chosen), chosen.shape[1], skeleton.channels) for name in ("now", "next")
+    }
+    for window, hidden in enumerate(stream.embed(chosen)):
+        stores["now"].put(window, hidden)
+    curves, target = [], parse_pattern(config).sparsity
+    for index in range(len(skeleton.layers)):
+        skeleton.load_layer(index)
+        job = LayerJob(
+            layer=skeleton.layers[index],
+            structure=prepared.opening.structures[index],
+            kwargs=stream.kwargs(index),
+            inputs=Inputs("layer", "own", False),
+            split=split,
+            threads=threads,
+            store=lambda kind, channels: stores["next"],
+            pool=skeleton.pool,
+            where=f"layer {index}",
+            timing=Timing(),
+        )
+        curves.append(_curve(prepared, index, job, stores["now"], target))
+        progress.step(f"layer {index + 1}", curves[-1].error(target))
+        job.advance()
+        skeleton.drop_layer(index)
+        stores["now"], stores["next"] = stores["next"], stores["now"]
+    return curves
+
+
+def _curve(prepared: Prepared, index: int, job: LayerJob, hidden: Windows, target: float) -> Curve:
+    operators = {o.linear: o for o in prepared.plan.operators if o.layer == index}
+    grid = [min(max(target + d, 0.0), 0.98) for d in (-RANGE, 0.0, RANGE)]
+    solved: list[dict[str, Tensor]] = [{} for _ in grid]
+    for group, sums in job.groups(hidden, hidden):
+        for linear in group.linears:
+            if linear in operators:
+                for sparsity, values in zip(grid, solved, strict=True):
+                    task = _task(prepared, operators[linear], sums.calibration, sparsity)
+                    stored, _ = _core.sparsegpt(task, damping=DAMPING, threads=job.threads)
+                    dtype = TORCH_DTYPES[task.dtype]
+                    values[f"{linear}.weight"] = torch.from_numpy(stored).view(dtype).float()
+    judged = range(job.split.calibration, job.split.count) or range(job.split.count)
+    points = []
+    for sparsity, values in zip(grid, solved, strict=True):
+        layer = with_parameters(job.layer, values)
+        errors = [relative_error(layer, job.kwargs, hidden, job.outputs, w) for w in judged]
+        points.append((sparsity, float(sum(errors)) / len(errors)))
+    return Curve.fit(points, sum(o.rows * o.columns for o in operators.values()))
+
+
+def _task(prepared: Prepared, operator: Operator, sums: Any, sparsity: float) -> Task:
+    weight = prepared.checkpoint.lend(operator.name)
+    pattern = _core.Pattern(repr(sparsity), "matrix")
+    return Task(weight, operator.dtype, pattern, sums, None)

@@ -1,0 +1,28 @@
+"""Best: several methods for every operator, each polished; the lowest held-out error is kept.
+
+Candidates are ADMM (slow schedule), SparseGPT, and FISTA-plus from the better of the two. The
+budget counts products with the Gram, so the result does not depend on how busy the machine is.
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from rsprune import _core
+from rsprune.config import Config
+from rsprune.methods.base import Inputs, Operator, Pruned
+
+
+class Best:
+    """The leading methods with a choice by held-out error."""
+
+    name = "best"
+    source = "rsprune"
+    scope: Literal["row", "matrix"] = "matrix"
+    inputs = Inputs(propagate="layer", target="dense", true_sequential=True)
+
+    def solve(
+        self, operator: Operator, config: Config, *, model_type: str, threads: int | None
+    ) -> Pruned:
+        """See `Method.solve`."""
+        return _core.best(operator, budget=config.budget, threads=threads)

@@ -1,0 +1,22 @@
+"""Refit and local search after any method, each kept only where the held-out error falls."""
+
+from __future__ import annotations
+
+from rsprune import _core
+from rsprune.config import Config
+from rsprune.methods.base import Operator, Pruned
+
+
+def polish(operator: Operator, pruned: Pruned, config: Config, *, threads: int | None) -> Pruned:
+    """Polishes a method's result as the configuration asks; the result itself where it does not.
+
+    The certificate keeps what the method said of its own course (lambda, rounds, iterations).
+    """
+    if not (config.refit or config.search):
+        return pruned
+    weight, before = pruned
+    polished, after = _core.polish(
+        operator, weight, refit=config.refit, search=config.search, threads=threads
+    )
+    own = {key: before[key] for key in ("lambda", "rounds", "iterations", "converged")}
+    return polished, {**before, **after, **own}

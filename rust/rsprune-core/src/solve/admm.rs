@@ -1,0 +1,255 @@
+//! ADMM with a growing penalty (ALPS, arXiv 2406.07831).
+//!
+//! ```text
+//! min_{V, Z} J(V)  subject to  V = Z,  Z in the pattern;   scaled variables, H = G + damping I
+//! repeat:  V = argmin J + <U, V> + rho/2 |V - Z|^2 = W + (rho (Z - W) - U - B)(H + rho I)^-1
+//!          Z = P(V + U / rho)
+//!          U = U + rho (V - Z)
+//! every 3 iterations: stop if the support has not changed, else rho *= 1.3 / 1.2 / 1.1 for a
+//!          change of >= 10 % / >= 0.5 % / less of the kept weights
+//! ```
+//! Published: all of that, rho = 0.1 at the start, damping 0.01, and a refit on the support at the
+//! end. Ours: the slow schedule (rho 0.03, growth 1.1 / 1.07 / 1.05), linear term `B` for
+//! corrected inputs.
+//!
+//! After the projection `U = rho (V + U/rho - Z)`: zero where a weight is kept. Rows need one
+//! product with an inverse that all of them share. An eigendecomposition would serve every rho at
+//! two products a step; the inverses of a whole schedule cost less than one eigendecomposition
+//! at every shape tried (benches/records), so there is no such path. From [`LARGEST_INVERSE`]
+//! on, conjugate gradients with `H + rho I` take the inverse's place, and memory is that of `G`.
+
+use super::problem::Problem;
+use super::refit::{System, product, refit};
+use super::{GramQuadratic, Solution, Task};
+use crate::error::Result;
+use crate::linalg::{PackedB, ROW_BLOCK, Scratch, gemm, invert};
+use crate::par::Job;
+use crate::pattern::{Pattern, Scope};
+
+/// Widths above this do without an inverse.
+const LARGEST_INVERSE: usize = 8192;
+const STEPS_A_RHO: usize = 3;
+/// Conjugate gradient steps that replace one product with the inverse.
+const INNER_STEPS: usize = 5;
+
+/// The penalty's schedule and the length of the refit.
+#[derive(Clone, Copy, Debug)]
+pub struct AdmmOptions {
+    /// Added to the scaled Gram's unit diagonal.
+    pub damping: f64,
+    /// First penalty.
+    pub rho: f64,
+    /// Growth where the support changed by at least 10 %, at least 0.5 %, less.
+    pub growth: [f64; 3],
+    /// A cap on iterations.
+    pub max_iterations: usize,
+    /// Conjugate gradient steps on the final support.
+    pub refit_steps: usize,
+}
+
+impl AdmmOptions {
+    /// As published.
+    pub fn published() -> AdmmOptions {
+        let growth = [1.3, 1.2, 1.1];
+        AdmmOptions { damping: 0.01, rho: 0.1, growth, max_iterations: 300, refit_steps: 20 }
+    }
+
+    /// Slower: about twice the iterations.
+    pub fn slow() -> AdmmOptions {
+        AdmmOptions { rho: 0.03, growth: [1.1, 1.07, 1.05], ..AdmmOptions::published() }
+    }
+}
+
+/// Solves one operator; see the module's header.
+pub fn admm(job: &Job, task: &Task, options: &AdmmOptions) -> Result<Solution> {
+    let problem = Problem::new(job, task)?;
+    let (mut values, iterations) = admm_point(job, task.pattern, &problem.term, options)?;
+    refit(job, &problem.term, &mut values, options.damping, options.refit_steps)?;
+    let mut solution = problem.certify(job, values)?;
+    solution.certificate.iterations = iterations;
+    solution.certificate.converged = iterations < options.max_iterations;
+    Ok(solution)
+}
+
+/// The projected point `Z` in scaled variables, before a refit, and the iterations it took.
+pub(super) fn admm_point(
+    job: &Job,
+    pattern: Pattern,
+    term: &GramQuadratic,
+    options: &AdmmOptions,
+) -> Result<(Vec<f32>, usize)> {
+    let mut state = State::new(term);
+    let mut rho = options.rho;
+    let mut iterations = 0;
+    while iterations < options.max_iterations {
+        let solve = Resolvent::new(job, term, options.damping, rho)?;
+        let before = state.support();
+        for _ in 0..STEPS_A_RHO {
+            state.step(job, pattern, &solve, rho)?;
+        }
+        iterations += STEPS_A_RHO;
+        let changed = state.changed(&before);
+        if changed == 0.0 {
+            break;
+        }
+        rho *= match changed {
+            c if c >= 0.1 => options.growth[0],
+            c if c >= 0.005 => options.growth[1],
+            _ => options.growth[2],
+        };
+    }
+    Ok((state.z(), iterations))
+}
+
+/// `Z` and `U` of every row block side by side, so that one worker owns both.
+struct State<'a> {
+    term: &'a GramQuadratic<'a>,
+    blocks: Vec<f32>,
+}
+
+impl<'a> State<'a> {
+    /// `Z = W`, `U = 0`.
+    fn new(term: &'a GramQuadratic<'a>) -> State<'a> {
+        let mut blocks = Vec::with_capacity(2 * term.weight.len());
+        for w in term.weight.chunks(ROW_BLOCK * term.n) {
+            blocks.extend_from_slice(w);
+            blocks.resize(blocks.len() + w.len(), 0.0);
+        }
+        State { term, blocks }
+    }
+
+    fn block_len(&self) -> usize {
+        2 * ROW_BLOCK * self.term.n
+    }
+
+    fn z(&self) -> Vec<f32> {
+        self.blocks.chunks(self.block_len()).flat_map(|b| &b[..b.len() / 2]).copied().collect()
+    }
+
+    fn support(&self) -> Vec<bool> {
+        let blocks = self.blocks.chunks(self.block_len());
+        blocks.flat_map(|b| &b[..b.len() / 2]).map(|z| *z != 0.0).collect()
+    }
+
+    /// The share of the kept weights that were not kept `before`.
+    fn changed(&self, before: &[bool]) -> f64 {
+        let now = self.support();
+        let kept = now.iter().filter(|k| **k).count();
+        let new = now.iter().zip(before).filter(|(now, before)| **now && !**before).count();
+        let gone = now.iter().zip(before).filter(|(now, before)| !**now && **before).count();
+        (new + gone) as f64 / kept.max(1) as f64
+    }
+
+    /// One iteration at `rho`. A pattern that counts over the matrix is projected in between.
+    fn step(&mut self, job: &Job, pattern: Pattern, solve: &Resolvent, rho: f64) -> Result<()> {
+        let (term, len) = (self.term, self.block_len());
+        let whole = matches!(pattern, Pattern::Ratio { scope: Scope::Matrix, .. });
+        job.map_blocks(&mut self.blocks, len, |i, block| {
+            job.check()?;
+            let (z, u) = block.split_at_mut(block.len() / 2);
+            minimise(job, term, solve, (z, u), (i * len / 2, rho as f32))?;
+            if !whole {
+                z.copy_from_slice(u);
+                term.kernel.vectorised(|| pattern.project(z, term.n, None));
+                update_dual(term, z, u, rho as f32);
+            }
+            Ok(())
+        })?;
+        if whole {
+            self.project_whole(job, pattern, rho as f32)?;
+        }
+        Ok(())
+    }
+
+    fn project_whole(&mut self, job: &Job, pattern: Pattern, rho: f32) -> Result<()> {
+        let len = self.block_len();
+        let mut all: Vec<f32> =
+            self.blocks.chunks(len).flat_map(|b| &b[b.len() / 2..]).copied().collect();
+        pattern.project(&mut all, self.term.n, None);
+        job.map_blocks(&mut self.blocks, len, |i, block| {
+            let (z, u) = block.split_at_mut(block.len() / 2);
+            z.copy_from_slice(&all[i * len / 2..][..z.len()]);
+            update_dual(self.term, z, u, rho);
+            Ok(())
+        })?;
+        Ok(())
+    }
+}
+
+/// Replaces `u` by `V + U / rho` for the rows that start at flat index `first`.
+fn minimise(
+    job: &Job,
+    term: &GramQuadratic,
+    solve: &Resolvent,
+    (z, u): (&[f32], &mut [f32]),
+    (first, rho): (usize, f32),
+) -> Result<()> {
+    let range = first..first + z.len();
+    let w = &term.weight[range.clone()];
+    let (start, right) = term.kernel.vectorised(|| {
+        let start: Vec<f32> = z.iter().zip(w).map(|(z, w)| z - w).collect();
+        let mut right: Vec<f32> = start.iter().zip(&*u).map(|(e, u)| rho * e - u).collect();
+        if let Some(b) = term.linear_rows(range) {
+            right.iter_mut().zip(b).for_each(|(r, b)| *r -= b);
+        }
+        (start, right)
+    });
+    let e = solve.rows(job, term, right, start)?;
+    let inverse = 1.0 / rho;
+    term.kernel.vectorised(|| {
+        for ((u, e), w) in u.iter_mut().zip(&e).zip(w) {
+            *u = w + e + inverse * *u;
+        }
+    });
+    Ok(())
+}
+
+/// From `u = V + U / rho` and its projection `z` to the new dual variable.
+fn update_dual(term: &GramQuadratic, z: &[f32], u: &mut [f32], rho: f32) {
+    term.kernel.vectorised(|| u.iter_mut().zip(z).for_each(|(u, z)| *u = rho * (*u - z)));
+}
+
+/// How rows are multiplied by `(H + rho I)^-1`.
+enum Resolvent {
+    Inverse(PackedB),
+    Iterative { shift: f32 },
+}
+
+impl Resolvent {
+    fn new(job: &Job, term: &GramQuadratic, damping: f64, rho: f64) -> Result<Resolvent> {
+        let n = term.n;
+        let shift = (damping + rho) as f32;
+        if n > LARGEST_INVERSE {
+            return Ok(Resolvent::Iterative { shift });
+        }
+        let mut h = term.gram.clone();
+        (0..n).for_each(|i| h[i * n + i] += shift);
+        invert(job, &term.kernel, &mut h, n)?;
+        Ok(Resolvent::Inverse(PackedB::new(&term.kernel, &h, n, n, n)))
+    }
+
+    /// `right (H + rho I)^-1`; the iteration begins at `start`, from where it need not go far.
+    fn rows(
+        &self,
+        job: &Job,
+        term: &GramQuadratic,
+        right: Vec<f32>,
+        start: Vec<f32>,
+    ) -> Result<Vec<f32>> {
+        let mut out = start;
+        match self {
+            Resolvent::Inverse(inverse) => {
+                let left = (&right[..], right.len() / term.n, term.n);
+                gemm(&term.kernel, &mut Scratch::default(), left, inverse, &mut out);
+            }
+            Resolvent::Iterative { shift } => {
+                let mut residual = right;
+                let ahead = product(term, &out, *shift);
+                residual.iter_mut().zip(&ahead).for_each(|(r, a)| *r -= a);
+                let system = System { term, shift: *shift, free: None };
+                system.solve(job, residual, &mut out, INNER_STEPS)?;
+            }
+        }
+        Ok(out)
+    }
+}

@@ -1,0 +1,111 @@
+//! What may follow any method: a refit of the kept weights and a local search over the mask, each
+//! kept only if the error on tokens that no solver saw falls (our own; see [`Problem::score`]).
+//!
+//! ```text
+//! for damping in 0.01, 0.03, 0.1:  candidate = refit of the start;   keep the best
+//! candidate = refit of a local search from there;                    keep it if better
+//! ```
+
+use super::descent::local_search;
+use super::problem::Problem;
+use super::refit::refit;
+use super::{Solution, Task};
+use crate::error::{Error, Result};
+use crate::par::Job;
+
+/// Dampings that the held-out error chooses from.
+const LADDER: [f64; 4] = [0.01, 0.03, 0.1, 0.3];
+
+/// Which steps are tried, and how long.
+#[derive(Clone, Copy, Debug)]
+pub struct PolishOptions {
+    /// Whether kept weights are solved again.
+    pub refit: bool,
+    /// Whether the mask may change.
+    pub search: bool,
+    /// Conjugate gradient steps of a refit.
+    pub steps: usize,
+    /// Sweeps of the local search.
+    pub sweeps: usize,
+}
+
+impl Default for PolishOptions {
+    fn default() -> PolishOptions {
+        PolishOptions { refit: true, search: true, steps: 20, sweeps: 5 }
+    }
+}
+
+/// A point in scaled variables with what it was judged by.
+pub(super) struct Polished {
+    pub values: Vec<f32>,
+    pub score: f64,
+    pub damping: Option<f64>,
+    pub search: Option<bool>,
+}
+
+/// Polishes `values [m, n]`, which are in the task's pattern, and measures the result.
+pub fn polish(
+    job: &Job,
+    task: &Task,
+    values: Vec<f32>,
+    options: &PolishOptions,
+) -> Result<Solution> {
+    if values.len() != task.weight.len() || !task.pattern.holds(&values, task.cols()) {
+        return Err(Error::Option("polish: the values are not in the pattern".into()));
+    }
+    let problem = Problem::new(job, task)?;
+    let start = problem.scale(values);
+    polish_point(job, &problem, start, options)?.certify(job, &problem)
+}
+
+/// The same in scaled variables.
+pub(super) fn polish_point(
+    job: &Job,
+    problem: &Problem,
+    start: Vec<f32>,
+    options: &PolishOptions,
+) -> Result<Polished> {
+    let score = problem.score(job, &start)?;
+    let mut best = Polished { values: start, score, damping: None, search: None };
+    if options.refit {
+        best = climb_ladder(job, problem, best, options.steps)?;
+    }
+    if options.search {
+        let damping = best.damping.unwrap_or(LADDER[0]);
+        let mut values = best.values.clone();
+        let (term, pattern) = (&problem.term, problem.task.pattern);
+        local_search(job, term, pattern, &mut values, damping, options.sweeps)?;
+        if options.refit {
+            refit(job, term, &mut values, damping, options.steps)?;
+        }
+        let score = problem.score(job, &values)?;
+        best.search = Some(score < best.score);
+        if score < best.score {
+            (best.values, best.score) = (values, score);
+        }
+    }
+    Ok(best)
+}
+
+/// The best refit of `start`, or `start` itself.
+fn climb_ladder(job: &Job, problem: &Problem, start: Polished, steps: usize) -> Result<Polished> {
+    let mut best = Polished { values: start.values.clone(), ..start };
+    for damping in LADDER {
+        let mut values = start.values.clone();
+        refit(job, &problem.term, &mut values, damping, steps)?;
+        let score = problem.score(job, &values)?;
+        if score < best.score {
+            best = Polished { values, score, damping: Some(damping), search: None };
+        }
+    }
+    Ok(best)
+}
+
+impl Polished {
+    pub fn certify(self, job: &Job, problem: &Problem) -> Result<Solution> {
+        let mut solution = problem.certify(job, self.values)?;
+        solution.certificate.damping = self.damping;
+        solution.certificate.search = self.search;
+        Ok(solution)
+    }
+}
