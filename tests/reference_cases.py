@@ -23,17 +23,35 @@ FISTA: dict[str, Any] = {
 }
 """The defaults of `Config`."""
 
+WHOLE_BUDGET = 756
+"""Products with the Gram with which `best` tries all of its candidates."""
+
+LEADING: dict[str, dict[str, Any]] = {
+    "admm": {"damping": 0.01, "slow": False},
+    "fista_plus": {"iterations": 20, "xi": 0.3, "patience": 3, "lambda_start": 0.05},
+    "best": {"budget": WHOLE_BUDGET},
+    "polish": {"refit": True, "search": True},
+}
+"""They work in scaled variables: a weight that stays may change by its last bit."""
+
 METHODS: dict[str, dict[str, Any]] = {
     "magnitude": {},
     "wanda": {},
     "sparsegpt": {"damping": 0.01},
     "fista": FISTA,
-}
+} | LEADING
 
 
 def run(method: str, operator: Any, **options: Any) -> tuple[np.ndarray, dict[str, Any]]:
     """One call of the core with the default options of `method`, on one thread."""
+    if method == "polish":
+        return polish(operator, run("wanda", operator)[0], **options)
     return getattr(_core, method)(operator, **({"threads": 1} | METHODS[method] | options))
+
+
+def polish(operator: Any, values: np.ndarray, **options: Any) -> tuple[np.ndarray, dict[str, Any]]:
+    """The same for `polish` from other `values` than those of Wanda."""
+    return _core.polish(operator, values, **({"threads": 1} | METHODS["polish"] | options))
 
 
 def statistics(
@@ -111,14 +129,36 @@ class Case:
         sums.add(*self.part(heldout=False))
         return sums
 
-    def operator(self, pattern: str, scope: str = "row") -> Operator:
+    @cached_property
+    def heldout_twin(self) -> reference.Statistics:
+        """The sums over the held-out tokens in float64."""
+        sums = reference.Statistics(self.x.shape[1])
+        sums.add(*self.part(heldout=True))
+        return sums
+
+    @cached_property
+    def scaled(self) -> reference.Scaled:
+        """The same problem in scaled variables."""
+        return reference.Scaled.of(self.values, self.twin)
+
+    def damped(self, values: np.ndarray, damping: float) -> float:
+        """The damped objective at `values`, in variables as they are stored."""
+        return self.scaled.objective(values * self.scaled.roots, damping)
+
+    def operator(self, pattern: str, scope: str = "row", *, judged: bool = True) -> Operator:
+        """The operator as solvers take it, held-out sums among it only if it is `judged`."""
         calibration, heldout = self.sums
         wanted = _core.Pattern(pattern, scope)
-        return Operator(self.weight, self.dtype, wanted, calibration, heldout)
+        return Operator(self.weight, self.dtype, wanted, calibration, heldout if judged else None)
 
     def error(self, values: np.ndarray, *, heldout: bool = False) -> float:
         """The relative error of `values`, from the activations."""
         return reference.relative_error(values, self.values, *self.part(heldout))
+
+
+def score(certificate: dict[str, Any], *, judged: bool) -> float:
+    """What solvers compare points by."""
+    return certificate["heldout_error" if judged else "error"]
 
 
 def operators_of_layer(

@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from reference_cases import METHODS, Case, run, statistics
+from reference_cases import LEADING, METHODS, Case, run, statistics
 
 from rsprune import _core
 
@@ -31,11 +31,19 @@ def case(corrected: bool = False) -> Case:
     return Case.random(2 * ROW_BLOCK + 15, 268, corrected=corrected)
 
 
+def small_case(corrected: bool = False) -> Case:
+    """For the methods that take hundreds of products; two blocks of each kind."""
+    return Case.random(ROW_BLOCK + 15, COLUMN_BLOCK + 16, corrected=corrected)
+
+
 def test_there_are_several_blocks_of_each_kind() -> None:
     m, n = case().weight.shape
     assert m > 2 * ROW_BLOCK
     assert n > 2 * GRAM_BLOCK
     assert n > 2 * COLUMN_BLOCK
+    m, n = small_case().weight.shape
+    assert m > ROW_BLOCK
+    assert n > max(GRAM_BLOCK, COLUMN_BLOCK)
 
 
 @pytest.mark.parametrize("corrected", [False, True])
@@ -53,21 +61,41 @@ def test_sums_have_the_same_bits_for_any_number_of_threads(corrected: bool) -> N
 
 @pytest.mark.parametrize("corrected", [False, True])
 @pytest.mark.parametrize(("pattern", "scope"), [("2:4", "row"), ("50%", "row"), ("50%", "matrix")])
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", [m for m in METHODS if m not in LEADING])
 def test_solvers_give_the_same_bits_for_any_number_of_threads(
     method: str, pattern: str, scope: str, corrected: bool
 ) -> None:
-    operator = case(corrected).operator(pattern, scope)
-    results = [run(method, operator, threads=threads) for threads in THREADS]
+    check_threads(case(corrected), pattern, scope, method)
+
+
+@pytest.mark.parametrize("corrected", [False, True])
+@pytest.mark.parametrize(
+    ("pattern", "scope"), [("2:4", "row"), ("8:16", "row"), ("50%", "row"), ("50%", "matrix")]
+)
+@pytest.mark.parametrize(
+    ("method", "options"), [*((m, {}) for m in LEADING), ("admm", {"slow": True})]
+)
+def test_leading_solvers_give_the_same_bits_for_any_number_of_threads(
+    method: str, options: dict[str, Any], pattern: str, scope: str, corrected: bool
+) -> None:
+    check_threads(small_case(corrected), pattern, scope, method, **options)
+
+
+def check_threads(case: Case, pattern: str, scope: str, method: str, **options: Any) -> None:
+    operator = case.operator(pattern, scope)
+    results = [run(method, operator, threads=threads, **options) for threads in THREADS]
     assert len({values.tobytes() for values, _ in results}) == 1
     assert results[0][1] == results[1][1] == results[2][1]
 
 
 def errors() -> dict[str, list[float]]:
     """The errors of all methods on one problem, as this process computes them."""
-    operator = case(corrected=True).operator("2:4")
-    certificates = {method: run(method, operator)[1] for method in METHODS}
-    return {name: [c["error"], c["heldout_error"]] for name, c in certificates.items()}
+    found = {}
+    for method in METHODS:
+        problem = small_case if method in LEADING else case
+        certificate = run(method, problem(corrected=True).operator("2:4"))[1]
+        found[method] = [certificate["error"], certificate["heldout_error"]]
+    return found
 
 
 def python(code: str, **environment: str) -> subprocess.Popen[str]:
@@ -96,7 +124,9 @@ def test_kernels_agree(kernel: str) -> None:
     name, found = json.loads(out)
     assert name == kernel
     for method, expected in errors().items():
-        assert found[method] == pytest.approx(expected, rel=1e-3), method
+        # Masks that follow from hundreds of products may differ in a few entries.
+        tolerance = 0.01 if method in LEADING else 1e-3
+        assert found[method] == pytest.approx(expected, rel=tolerance), method
 
 
 def test_an_unknown_kernel_is_refused_with_those_that_there_are() -> None:
@@ -132,7 +162,7 @@ def test_a_forked_child_has_a_pool_of_its_own() -> None:
     assert run("wanda", operator, threads=2)[0].tobytes() == expected  # and so has the parent
 
 
-LONG_FISTA = """
+LONG_SOLVE = """
 import signal
 import reference_cases as r
 signal.signal(signal.SIGINT, signal.default_int_handler)  # a background shell may ignore it
@@ -144,7 +174,7 @@ r.run("fista", operator, threads=2, iterations=10_000_000)
 
 @pytest.mark.skipif(os.name != "posix", reason="sends SIGINT")
 def test_ctrl_c_ends_a_long_solve() -> None:
-    process = python(LONG_FISTA)
+    process = python(LONG_SOLVE)
     try:
         assert process.stdout is not None
         assert process.stdout.readline() == "ready\n"

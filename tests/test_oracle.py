@@ -11,7 +11,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from reference_cases import FISTA, Case, operators_of_layer, run
+from reference_cases import FISTA, METHODS, Case, operators_of_layer, run
 
 from rsprune import reference
 from rsprune.reference import Pattern
@@ -133,7 +133,7 @@ def check_fista(case: Case, text: str, scope: str, options: dict[str, object]) -
     assert certificate["error"] == pytest.approx(independent.error, rel=0.06)
 
 
-@pytest.mark.parametrize("method", ["magnitude", "wanda", "sparsegpt", "fista"])
+@pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize("corrected", [False, True])
 @pytest.mark.parametrize("dtype", ["F32", "BF16", "F16"])
 def test_the_certificate_is_the_error_of_what_is_stored(

@@ -126,7 +126,7 @@ def torch_sparsegpt(weight: torch.Tensor, gram: torch.Tensor, pattern: str) -> t
                 goes[:, j : j + 4].scatter_(1, least, True)
             kept = work[:, j].masked_fill(goes[:, j], 0.0)
             lost = torch.sub(work[:, j], kept).div_(roots[j])
-            work[:, j:].addr_(lost, local[j, j:], alpha=-1)
+            work[:, j:] -= lost[:, None] @ local[j : j + 1, j:]  # faster than `addr_`
             work[:, j], errors[:, j] = kept, lost
         weight[:, part] = work
         weight[:, part.stop :].addmm_(errors, upper[part, part.stop :], alpha=-1)

@@ -20,6 +20,7 @@ __all__ = [
     "default_threads",
     "fista",
     "fista_plus",
+    "group_channels",
     "kernel_name",
     "magnitude",
     "plan_shard",
@@ -114,6 +115,9 @@ def polish(
     search: bool,
     threads: int | None = None,
 ) -> _Pruned: ...
+def group_channels(
+    operator: _Operator, *, segment: int, repeats: int, threads: int | None = None
+) -> NDArray[np.int64]: ...
 
 @final
 class Shard:

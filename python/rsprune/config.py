@@ -33,6 +33,8 @@ class Config(BaseModel):
     """Over what a sparsity is counted."""
     allocate: bool = False
     """Whether a ratio is spread over the layers by measured error curves; pays from 60 % on."""
+    permute: bool | None = None
+    """Whether channels change places so that a keep-of pattern keeps more."""
     ignore: tuple[str, ...] = DEFAULT_IGNORE
     """Globs over on-disk tensor names that stay dense."""
 

@@ -27,12 +27,15 @@ Fraction = float | None
 def run_options(
     recipe: Annotated[Path | None, Option(help="File of these options; explicit ones win.")] = None,
     method: Annotated[
-        Text, Option(help="magnitude, wanda, sparsegpt, fista, fista-plus, admm or best.")
+        Text, Option(help="best, admm, fista-plus, fista, sparsegpt, wanda, magnitude.")
     ] = None,
     pattern: Annotated[Text, Option(help="keep:of (2:4, 4:8, ...) or a sparsity (50%).")] = None,
     scope: Annotated[Text, Option(help="Over what a sparsity counts: row or matrix.")] = None,
     allocate: Annotated[
         bool | None, Option(help="Spread a ratio over layers by measured error curves.")
+    ] = None,
+    permute: Annotated[
+        bool | None, Option(help="Permute channels so that a keep-of pattern keeps more.")
     ] = None,
     ignore: Annotated[
         list[str] | None, Option(help="Glob of tensors that stay dense; repeatable.")

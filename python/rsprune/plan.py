@@ -193,26 +193,38 @@ def _check_tensor(info: TensorInfo, shape: tuple[int, ...], pattern: _core.Patte
 def _memory(skeleton: Skeleton, opening: Opening, inputs: Inputs, config: Config) -> dict[str, int]:
     """Peak of anonymous memory by part; calibration passes run in float32."""
     layer = max(sum(p.numel() for p in layer.parameters()) for layer in skeleton.layers)
-    paths = 2 if inputs.true_sequential or inputs.target == "dense" else 1
+    paths = 2 if inputs.true_sequential or inputs.target == "dense" or config.tune_block else 1
     grams = max(_gram_bytes(s.groups, inputs, config) for s in opening.structures)
     width = max(g.width for s in opening.structures for g in s.groups)
     widest = max(p.numel() for layer in skeleton.layers for p in layer.parameters() if p.dim() == 2)
     channels = skeleton.channels
     window = config.seq_len * channels * 4
     held = 1 if inputs.propagate == "model" else 2  # a layer's inputs; beside them its outputs
-    if inputs.propagate == "model" and inputs.target == "dense":
+    if inputs.propagate == "model" and (inputs.target == "dense" or config.tune_block):
         held = 3
-    paths_cached = 2 if inputs.propagate == "layer" or inputs.target == "dense" else 1
+    matrices, squares = methods.get(config.method).workspace
+    paths_cached = 2 if inputs.needs_dense or config.tune_block else 1
     cached = paths_cached if inputs.true_sequential else 0
     return {
         "python, torch and the model's structure": rss_anon(),
         "decoder layer (float32)": layer * 4 * paths,
         "Grams": grams,
-        "solver": widest * 4 * 5 + width * width * 4 * 4,
+        "solver": widest * 4 * matrices + width * width * 4 * squares,
+        "tuning": _tuning_bytes(layer, width, channels, config),
         "activations of one window": window * 6 + config.seq_len * width * 4 * 4,
         "freed pages that the allocator keeps": KEPT_BYTES + 32 * 2**20,
         "hidden states": config.samples * window * (held + cached),
     }
+
+
+def _tuning_bytes(layer: int, width: int, channels: int, config: Config) -> int:
+    """Leaf, gradients, moments and best state of a layer, and what backward passes remember."""
+    if not config.tune_block:
+        return 0
+    threads = config.threads or _core.default_threads()
+    side_by_side = min(threads, config.tune_batch)
+    remembered = config.seq_len * (12 * channels + 6 * width) * 4
+    return layer * 4 * (5 + side_by_side) + side_by_side * remembered
 
 
 def _gram_bytes(groups: tuple[Group, ...], inputs: Inputs, config: Config) -> int:

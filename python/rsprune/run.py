@@ -4,9 +4,11 @@ plan            headers and shapes only; all refusals happen here
 embed           token windows -> hidden states that enter the first layer
 for each decoder layer:
     load        its weights, float32
+    permute     channels change places, where asked for
     for each stage (all operators at once, or group after group):
         collect Grams of the stage's inputs, window after window
-        solve   each operator; the layer now holds what will be stored
+        prune   each operator; the layer now holds what will be stored
+    tune        kept weights to the dense layer's output, where asked for
     advance     hidden states to the next layer
     put         one output shard, one journal line
 finish          shard of the rest, other files, card, index; one rename
@@ -21,18 +23,17 @@ from typing import Any
 
 import torch
 import transformers
-from numpy.typing import NDArray
 
 from rsprune import _core, methods
 from rsprune.allocate import allocate, exact_patterns, measure
-from rsprune.calibrate import GroupStatistics, LayerJob
+from rsprune.calibrate import LayerJob
 from rsprune.card import model_card
-from rsprune.checkpoint import TORCH_DTYPES, OutputFolder, as_stored, check_output
+from rsprune.checkpoint import OutputFolder, check_output
 from rsprune.config import Config
 from rsprune.data import Corpus, calibration_windows, load_texts, split_heldout
-from rsprune.errors import RspruneError
+from rsprune.layer_run import LayerRun
 from rsprune.memory import PeakWatch, give_freed_pages_back, keep_freed_pages, rss_anon
-from rsprune.plan import Operator, Plan, Prepared, parse_pattern, prepare
+from rsprune.plan import Plan, Prepared, parse_pattern, prepare
 from rsprune.progress import NullProgress, Progress
 from rsprune.report import Journal, Report, load_report
 from rsprune.skeleton import load_tokenizer
@@ -99,6 +100,8 @@ class _Run:
         self.start_rss = rss_anon()
         self.timing = Timing()
         self.method = methods.get(config.method)
+        self.permutes = self.method.permute if config.permute is None else config.permute
+        self.permutes &= ":" in config.pattern  # a ratio has no groups
         self.threads = config.threads or _core.default_threads()
         self.passes = 0.0
         self.zeros = 0
@@ -187,86 +190,28 @@ class _Run:
             correction=self.config.correction,
             tuned=self.config.tune_block,
         )
-        changed: dict[str, NDArray[Any]] = {}
+        layer = LayerRun(
+            index, self.prepared, self.config, job, self.patterns, self.journal, self.progress
+        )
+        if self.permutes:
+            layer.permute(dense)
         for group, statistics in job.groups(dense, own):
             for linear in group.linears:
-                operator = self._operator(index, linear)
-                if operator is not None:
-                    weight = self._solve(operator, statistics)
-                    changed[operator.name] = weight
-                    job.set_weight(linear, weight, operator.dtype)
-        tuning = self._tune(index, job, changed) if self.config.tune_block else None
+                layer.prune(linear, statistics)
+        tuning = {"tuning": layer.tune()} if self.config.tune_block else {}
         dense, own = job.advance()
-        self.passes += job.passes
+        self.passes += job.passes + layer.passes
+        self.zeros += layer.zeros
         skeleton.drop_layer(index)
         give_freed_pages_back()
         with self.timing.stage("write"):
             names = self._names(index)
             file = self._shard(index + 1)
-            record = output.put_shard(file, self.prepared.checkpoint, names, changed)
+            record = output.put_shard(file, self.prepared.checkpoint, names, layer.changed)
         elapsed = time.perf_counter() - started
-        if tuning is not None:
-            record["tuning"] = tuning
-        self.journal.write(
-            "layer", layer=index, seconds=elapsed, rss_anon=self.peak.sample(), **record
-        )
+        rss = self.peak.sample()
+        self.journal.write("layer", layer=index, seconds=elapsed, rss_anon=rss, **record, **tuning)
         return dense, own
-
-    def _solve(self, operator: Operator, statistics: GroupStatistics) -> NDArray[Any]:
-        """Prunes one operator, journals its certificate, returns the weight as stored."""
-        started = time.perf_counter()
-        with self.timing.stage("solve"):
-            task = methods.Operator(
-                weight=self.prepared.checkpoint.lend(operator.name),
-                dtype=operator.dtype,
-                pattern=self.patterns[operator.name],
-                calibration=statistics.calibration,
-                heldout=statistics.heldout,
-            )
-            try:
-                model_type = self.prepared.skeleton.config.model_type
-                pruned = self.method.solve(
-                    task, self.config, model_type=model_type, threads=self.threads
-                )
-                weight, certificate = methods.polish(
-                    task, pruned, self.config, threads=self.threads
-                )
-            except ValueError as error:
-                raise RspruneError(f"{operator.name}: {error}") from None
-        self.zeros += round(certificate["sparsity"] * weight.size)
-        self.journal.write(
-            "tensor",
-            name=operator.name,
-            layer=operator.layer,
-            shape=[operator.rows, operator.columns],
-            dtype=operator.dtype,
-            method=self.method.name,
-            pattern=str(self.patterns[operator.name]),
-            scope=self.config.scope or self.method.scope,
-            seconds=time.perf_counter() - started,
-            **certificate,
-        )
-        place = f"layer {operator.layer + 1}/{self.plan.layers} {operator.linear}"
-        self.progress.step(place, certificate["error"])
-        return weight
-
-    def _tune(
-        self, index: int, job: LayerJob, changed: dict[str, NDArray[Any]]
-    ) -> dict[str, float]:
-        """Tunes the layer that `job` holds; puts what it stores into `changed`."""
-        skeleton, tensors = self.prepared.skeleton, self.prepared.checkpoint.tensors
-        disk_names, dtypes = {}, {}
-        for name, parameter in skeleton.layers[index].named_parameters():
-            on_disk = skeleton.disk_name(skeleton.layer_name(index, name))
-            if on_disk is not None and (on_disk in changed or parameter.dim() == 1):
-                disk_names[name] = on_disk
-                dtypes[name] = TORCH_DTYPES[tensors[on_disk].dtype]
-        tuned = job.tune(dtypes, self.config)
-        for name, value in tuned.values.items():
-            changed[disk_names[name]] = as_stored(value, dtypes[name])
-        place = f"layer {index + 1}/{self.plan.layers} tuned"
-        self.progress.note(f"{place}: {tuned.before:.4f} -> {tuned.after:.4f}")
-        return {"before": tuned.before, "after": tuned.after, "steps": tuned.steps}
 
     def finish(self, output: OutputFolder, model: str) -> None:
         """Writes what is not a decoder layer, the card and the index, and names the folder."""
@@ -286,11 +231,6 @@ class _Run:
         output.write_text("recipe.yaml", self.config.to_recipe())
         output.write_index()
         output.commit()
-
-    def _operator(self, layer: int, linear: str) -> Operator | None:
-        """The planned operator; None where it is ignored."""
-        found = (o for o in self.plan.operators if o.layer == layer and o.linear == linear)
-        return next(found, None)
 
     def _names(self, layer: int | None) -> list[str]:
         """On-disk tensors of a decoder layer; of everything outside of the layers for None."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 from rsprune.config import Config
 from rsprune.errors import UsageError
 from rsprune.methods.admm import Admm
-from rsprune.methods.base import Inputs, Method, Operator
+from rsprune.methods.base import Inputs, Method, Operator, Pruned
 from rsprune.methods.best import Best
 from rsprune.methods.fista import Fista
 from rsprune.methods.fista_plus import FistaPlus
@@ -14,7 +14,7 @@ from rsprune.methods.polish import polish
 from rsprune.methods.sparsegpt import SparseGPT
 from rsprune.methods.wanda import Wanda
 
-__all__ = ["Inputs", "Method", "Operator", "get", "inputs_of", "names", "polish"]
+__all__ = ["Inputs", "Method", "Operator", "Pruned", "get", "inputs_of", "names", "polish"]
 
 _ALL: tuple[Method, ...] = (
     Magnitude(), Wanda(), SparseGPT(), Fista(), FistaPlus(), Admm(), Best(),

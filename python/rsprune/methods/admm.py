@@ -23,6 +23,8 @@ class Admm:
     source = "ALPS, Meng et al. 2024, arXiv 2406.07831"
     scope: Literal["row", "matrix"] = "matrix"
     inputs = Inputs(propagate="layer", target="dense", true_sequential=True)
+    permute = False
+    workspace = (12, 6)
 
     def solve(
         self, operator: Operator, config: Config, *, model_type: str, threads: int | None

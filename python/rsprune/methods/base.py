@@ -60,6 +60,10 @@ class Method(Protocol):
     """Over what a sparsity is counted unless the user says otherwise."""
     inputs: Inputs
     """The inputs it is run on unless the user says otherwise."""
+    permute: bool
+    """Whether channels are permuted for keep-of patterns unless the user says otherwise."""
+    workspace: tuple[int, int]
+    """float32 arrays of the weight's size, and of the Gram's, that the solver holds at its peak."""
 
     def solve(
         self, operator: Operator, config: Config, *, model_type: str, threads: int | None

@@ -20,6 +20,8 @@ class Best:
     source = "rsprune"
     scope: Literal["row", "matrix"] = "matrix"
     inputs = Inputs(propagate="layer", target="dense", true_sequential=True)
+    permute = True
+    workspace = (14, 6)
 
     def solve(
         self, operator: Operator, config: Config, *, model_type: str, threads: int | None

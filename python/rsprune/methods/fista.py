@@ -26,6 +26,8 @@ class Fista:
     source = "FISTAPruner, EMNLP 2025, arXiv 2408.03728"
     scope: Literal["row", "matrix"] = "matrix"
     inputs = Inputs(propagate="layer", target="dense", true_sequential=True)
+    permute = False
+    workspace = (8, 4)
 
     def solve(
         self, operator: Operator, config: Config, *, model_type: str, threads: int | None

@@ -25,6 +25,8 @@ class FistaPlus:
     source = "rsprune, after FISTAPruner, arXiv 2408.03728"
     scope: Literal["row", "matrix"] = "matrix"
     inputs = Inputs(propagate="layer", target="dense", true_sequential=True)
+    permute = False
+    workspace = (12, 6)
 
     def solve(
         self, operator: Operator, config: Config, *, model_type: str, threads: int | None

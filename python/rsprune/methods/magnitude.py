@@ -16,6 +16,8 @@ class Magnitude:
     source = "Han et al. 2015, arXiv 1506.02626"
     scope: Literal["row", "matrix"] = "matrix"
     inputs = Inputs(propagate="model", target="own", true_sequential=False)
+    permute = False
+    workspace = (5, 4)
 
     def solve(
         self, operator: Operator, config: Config, *, model_type: str, threads: int | None

@@ -16,6 +16,8 @@ class SparseGPT:
     source = "Frantar and Alistarh 2023, arXiv 2301.00774"
     scope: Literal["row", "matrix"] = "matrix"
     inputs = Inputs(propagate="model", target="own", true_sequential=False)
+    permute = False
+    workspace = (6, 5)
 
     def solve(
         self, operator: Operator, config: Config, *, model_type: str, threads: int | None

@@ -16,6 +16,8 @@ class Wanda:
     source = "Sun et al. 2023, arXiv 2306.11695"
     scope: Literal["row", "matrix"] = "row"
     inputs = Inputs(propagate="model", target="own", true_sequential=False)
+    permute = False
+    workspace = (5, 4)
 
     def solve(
         self, operator: Operator, config: Config, *, model_type: str, threads: int | None

@@ -73,4 +73,4 @@ def admm(
         if others == 0:
             break
         rho *= growth[0] if others >= 0.1 else growth[1] if others >= 0.005 else growth[2]
-    return AdmmPoint(refit(problem, z != 0, damping) / problem.roots, iterations)
+    return AdmmPoint(refit(problem, z, damping) / problem.roots, iterations)

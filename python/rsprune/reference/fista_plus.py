@@ -42,6 +42,8 @@ def fista_plus(
     max_rounds: int = 12,
     lambda_start: float = 0.05,
     damping: float = 0.01,
+    refit_steps: int | None = 8,
+    polish_steps: int | None = 20,
     lipschitz: float | None = None,
 ) -> FistaPoint:
     """Rounds from the best refitted point until `patience` of them bring no gain; polished.
@@ -57,13 +59,15 @@ def fista_plus(
         max_rounds: a cap on rounds.
         lambda_start: the first lambda, in units of the scaled weights' rms.
         damping: of the SparseGPT start and of the refits.
+        refit_steps: of the refit inside of a round; None is exact.
+        polish_steps: of the refits at the end.
         lipschitz: what the step is the inverse of; None takes the largest eigenvalue of G'.
     """
     problem, judge = Scaled.of(weight, statistics), heldout or statistics
     sums = problem.statistics
 
     def refitted(values: Matrix) -> tuple[Matrix, float]:
-        scaled = refit(problem, values != 0, damping)
+        scaled = refit(problem, values, damping, refit_steps)
         return scaled, quadratic_error(scaled / problem.roots, weight, judge)
 
     relative = damping / sums.mean_square  # less than one where channels are dead
@@ -87,7 +91,8 @@ def fista_plus(
         lambda_ = next_lambda(low, high)
         if high < low * (1 + RESOLUTION) or not SMALLEST <= lambda_ < LARGEST:
             break
-    values = polish(weight, pattern, statistics, heldout, best / problem.roots).values
+    unscaled = best / problem.roots
+    values = polish(weight, pattern, statistics, heldout, unscaled, steps=polish_steps).values
     return FistaPoint(values, quadratic_error(values, weight, statistics), rounds, best_lambda)
 
 

@@ -39,6 +39,7 @@ def polish(
     *,
     refit: bool = True,
     search: bool = True,
+    steps: int | None = None,
 ) -> Polished:
     """Polishes `values [m, n]`, which are in the pattern.
 
@@ -50,6 +51,7 @@ def polish(
         values: the start.
         refit: whether kept weights are solved again.
         search: whether the mask may change.
+        steps: of a refit; None is exact.
     """
     problem, judge = Scaled.of(weight, statistics), heldout or statistics
 
@@ -59,14 +61,14 @@ def polish(
     start = values * problem.roots
     best = Polished(start, score(start), None, None)
     for damping in LADDER if refit else ():
-        candidate = solve_again(problem, start != 0, damping)
+        candidate = solve_again(problem, start, damping, steps)
         if score(candidate) < best.score:
             best = Polished(candidate, score(candidate), damping, None)
     if search:
         damping = best.damping or LADDER[0]
         candidate = local_search(problem, pattern, best.values, damping=damping)
         if refit:
-            candidate = solve_again(problem, candidate != 0, damping)
+            candidate = solve_again(problem, candidate, damping, steps)
         kept = score(candidate) < best.score
         chosen = candidate if kept else best.values
         best = Polished(chosen, min(score(candidate), best.score), best.damping, kept)

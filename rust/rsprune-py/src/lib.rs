@@ -5,6 +5,7 @@ mod enter;
 mod errors;
 mod shard;
 mod solve;
+mod statistics;
 
 use pyo3::prelude::*;
 
@@ -13,6 +14,7 @@ fn _core(m: &Bound<'_, PyModule>) -> PyResult<()> {
     m.add("__version__", env!("CARGO_PKG_VERSION"))?;
     m.add_function(wrap_pyfunction!(enter::default_threads, m)?)?;
     m.add_function(wrap_pyfunction!(enter::kernel_name, m)?)?;
+    statistics::register(m)?;
     solve::register(m)?;
     shard::register(m)
 }

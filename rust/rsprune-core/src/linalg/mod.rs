@@ -1,6 +1,7 @@
 //! Dense linear algebra on row-major `f32`: packed products, Gram sums, one Cholesky, one
-//! inverse, one largest eigenvalue. Everything is serial inside of a row block; blocks run in parallel.
+//! inverse, one largest eigenvalue, one assignment. Everything is serial inside of a row block; blocks run in parallel.
 
+mod assignment;
 mod cholesky;
 mod gemm;
 mod gram;
@@ -9,6 +10,7 @@ mod pack;
 mod power;
 mod triangular;
 
+pub use assignment::assign;
 pub use cholesky::reversed_cholesky;
 pub use gemm::{ROW_BLOCK, dot, gemm, gemm_add, quadratic_form};
 pub use gram::GramSum;

@@ -1,0 +1,165 @@
+"""What happens to one decoder layer of a run: permute, prune operator after operator, tune.
+
+`changed` collects, by on-disk name, what will be stored in place of the input's tensors; a tensor
+that is in it already (its channels have moved) is what later steps start from.
+"""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Any
+
+import torch
+from numpy.typing import NDArray
+
+from rsprune import _core, methods
+from rsprune.calibrate import GroupStatistics, LayerJob
+from rsprune.checkpoint import TORCH_DTYPES, as_stored
+from rsprune.config import Config
+from rsprune.errors import RspruneError
+from rsprune.layer_path import LayerPath
+from rsprune.permute import WINDOWS as PERMUTE_WINDOWS
+from rsprune.permute import Coupling, consumer_sums, find_couplings
+from rsprune.plan import Operator, Prepared
+from rsprune.progress import Progress
+from rsprune.report import Journal
+from rsprune.windows import Windows
+
+
+@dataclass
+class LayerRun:
+    """One layer; its methods stand in the order in which they are called.
+
+    Attributes:
+        index: of the layer, which is materialised.
+        job: its way through the windows.
+        patterns: what every operator is pruned to, by the name of its weight.
+        changed: tensors to be stored, by on-disk name, as they are stored.
+        passes: partial runs over the windows beside those of `job`.
+        zeros: zeros in pruned operators so far.
+    """
+
+    index: int
+    prepared: Prepared
+    config: Config
+    job: LayerJob
+    patterns: dict[str, _core.Pattern]
+    journal: Journal
+    progress: Progress
+    changed: dict[str, NDArray[Any]] = field(default_factory=dict)
+    passes: float = 0.0
+    zeros: int = 0
+
+    @cached_property
+    def operators(self) -> dict[str, Operator]:
+        """What will be pruned in this layer, by module name; ignored linears are not in it."""
+        return {o.linear: o for o in self.prepared.plan.operators if o.layer == self.index}
+
+    def permute(self, hidden: Windows) -> None:
+        """Brings channels in a better order, in memory and in what will be stored.
+
+        Args:
+            hidden: the layer's inputs in the dense model.
+        """
+        job, layer = self.job, self.job.layer
+        with job.timing.stage("permute"):
+            sample = hidden.get(0, self.prepared.skeleton.device)
+            found = find_couplings(layer, job.structure, job.kwargs, sample)
+            couplings = [c for c in found if c.consumer in self.operators]
+            path = LayerPath(layer, job.structure, job.kwargs, hidden, None, None)
+            count = min(PERMUTE_WINDOWS, job.split.calibration)
+            sums = consumer_sums(path, couplings, count, job.threads)
+            self.passes += path.passes
+            path.close()
+            for coupling in couplings:
+                self._reorder(coupling, sums[coupling.consumer])
+
+    def _reorder(self, coupling: Coupling, sums: _core.Statistics) -> None:
+        task = self._task(self.operators[coupling.consumer], GroupStatistics(sums, None))
+        segment, repeats = coupling.segment, coupling.repeats
+        found = _core.group_channels(
+            task, segment=segment, repeats=repeats, threads=self.job.threads
+        )
+        order = torch.from_numpy(found)
+        for name in coupling.parameters(self.job.layer):
+            on_disk = self._disk_name(name)
+            held = self.changed.get(on_disk)
+            stored = self.prepared.checkpoint.lend(on_disk) if held is None else held
+            moved = coupling.permute(name, torch.from_numpy(stored), order)
+            self.changed[on_disk] = moved.numpy()
+            value = self.job.layer.get_parameter(name)
+            value.copy_(coupling.permute(name, value, order))
+
+    def prune(self, linear: str, statistics: GroupStatistics) -> None:
+        """Prunes an operator, unless it is ignored; the layer goes on with what will be stored."""
+        if (operator := self.operators.get(linear)) is None:
+            return
+        started = time.perf_counter()
+        with self.job.timing.stage("solve"):
+            weight, certificate = self._solve(operator, statistics)
+        self.changed[operator.name] = weight
+        self.job.set_weight(linear, weight, operator.dtype)
+        self.zeros += round(certificate["sparsity"] * weight.size)
+        method = methods.get(self.config.method)
+        self.journal.write(
+            "tensor",
+            name=operator.name,
+            layer=operator.layer,
+            shape=[operator.rows, operator.columns],
+            dtype=operator.dtype,
+            method=method.name,
+            pattern=str(self.patterns[operator.name]),
+            scope=self.config.scope or method.scope,
+            seconds=time.perf_counter() - started,
+            **certificate,
+        )
+        self.progress.step(f"{self._place} {linear}", certificate["error"])
+
+    def _solve(self, operator: Operator, statistics: GroupStatistics) -> methods.Pruned:
+        task, threads = self._task(operator, statistics), self.job.threads
+        model_type = self.prepared.skeleton.config.model_type
+        try:
+            pruned = methods.get(self.config.method).solve(
+                task, self.config, model_type=model_type, threads=threads
+            )
+            return methods.polish(task, pruned, self.config, threads=threads)
+        except ValueError as error:
+            raise RspruneError(f"{operator.name}: {error}") from None
+
+    def tune(self) -> dict[str, float]:
+        """Fits the kept weights and norms; returns what the report says of it."""
+        tensors = self.prepared.checkpoint.tensors
+        disk_names, dtypes = {}, {}
+        for name, parameter in self.job.layer.named_parameters():
+            on_disk = self._disk_name(name)
+            if name.removesuffix(".weight") in self.operators or parameter.dim() == 1:
+                disk_names[name] = on_disk
+                dtypes[name] = TORCH_DTYPES[tensors[on_disk].dtype]
+        tuned = self.job.tune(dtypes, self.config)
+        for name, value in tuned.values.items():
+            self.changed[disk_names[name]] = as_stored(value, dtypes[name])
+        self.progress.note(f"{self._place} tuned: {tuned.before:.4f} -> {tuned.after:.4f}")
+        return {"before": tuned.before, "after": tuned.after, "steps": tuned.steps}
+
+    @property
+    def _place(self) -> str:
+        return f"layer {self.index + 1}/{self.prepared.plan.layers}"
+
+    def _disk_name(self, parameter: str) -> str:
+        skeleton = self.prepared.skeleton
+        name = skeleton.disk_name(skeleton.layer_name(self.index, parameter))
+        assert name is not None  # the skeleton refused missing tensors
+        return name
+
+    def _task(self, operator: Operator, statistics: GroupStatistics) -> methods.Operator:
+        """The operator as solvers take it, with its channels in their present order."""
+        weight = self.changed.get(operator.name)
+        return methods.Operator(
+            weight=self.prepared.checkpoint.lend(operator.name) if weight is None else weight,
+            dtype=operator.dtype,
+            pattern=self.patterns[operator.name],
+            calibration=statistics.calibration,
+            heldout=statistics.heldout,
+        )
