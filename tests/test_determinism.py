@@ -166,19 +166,23 @@ LONG_SOLVE = """
 import signal
 import reference_cases as r
 signal.signal(signal.SIGINT, signal.default_int_handler)  # a background shell may ignore it
-operator = r.Case.random(400, 1024, tokens=1100).operator("2:4")
+operator = r.Case.random({rows}, 1024, tokens=1100).operator("2:4")
 print("ready", flush=True)
-r.run("fista", operator, threads=2, iterations=10_000_000)
+r.run("{method}", operator, threads=2, **{options})
 """
 
 
 @pytest.mark.skipif(os.name != "posix", reason="sends SIGINT")
-def test_ctrl_c_ends_a_long_solve() -> None:
-    process = python(LONG_SOLVE)
+@pytest.mark.parametrize(
+    ("method", "options", "rows"),
+    [("fista", {"iterations": 10_000_000}, 400), ("best", {}, 4000)],
+)
+def test_ctrl_c_ends_a_long_solve(method: str, options: dict[str, int], rows: int) -> None:
+    process = python(LONG_SOLVE.format(method=method, options=options, rows=rows))
     try:
         assert process.stdout is not None
         assert process.stdout.readline() == "ready\n"
-        time.sleep(1.0)  # into the iterations, which would go on for hours
+        time.sleep(1.0)  # into the iterations, which would go on for long
         assert process.poll() is None
         sent = time.monotonic()
         process.send_signal(signal.SIGINT)

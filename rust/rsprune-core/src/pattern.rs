@@ -146,7 +146,14 @@ pub(crate) fn for_smallest(scores: &[f32], count: usize, mut mark: impl FnMut(us
     if count == 0 {
         return;
     }
-    let mut sorted = scores.to_vec();
+    let (mut small, mut large) = ([0.0f32; 16], Vec::new()); // groups must not cost an allocation
+    let sorted = if scores.len() <= small.len() {
+        small[..scores.len()].copy_from_slice(scores);
+        &mut small[..scores.len()]
+    } else {
+        large.extend_from_slice(scores);
+        &mut large[..]
+    };
     let (below, threshold, _) = sorted.select_nth_unstable_by(count - 1, f32::total_cmp);
     let threshold = *threshold;
     let smaller = below.iter().filter(|s| s.total_cmp(&threshold).is_lt()).count();

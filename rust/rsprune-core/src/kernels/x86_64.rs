@@ -46,6 +46,11 @@ macro_rules! tile {
         unsafe fn $name(k: usize, a: *const f32, b: *const f32, c: *mut f32, stride: usize) {
             // SAFETY: the caller keeps the contract of `TileFn`.
             unsafe {
+                // C is wanted only after the loop: ask for it before.
+                for r in 0..$mr {
+                    _mm_prefetch::<_MM_HINT_T0>(c.add(r * stride).cast());
+                    _mm_prefetch::<_MM_HINT_T0>(c.add(r * stride + 2 * $lanes - 1).cast());
+                }
                 let mut sum = [[$zero(); 2]; $mr];
                 for p in 0..k {
                     let b0 = $load(b.add(p * 2 * $lanes));

@@ -7,14 +7,14 @@
 //! summed over k in one order, whatever its place in a tile, so row blocks change no bit.
 
 use super::pack::{PackedB, Scratch};
-use crate::kernels::Kernel;
+use crate::kernels::{Kernel, prefetch};
 use std::ops::Range;
 
 /// Rows that one worker carries through all its iterations: 7 tiles of the widest kernel, so that
 /// its state stays in L2 and a key projection of 192 rows still feeds two workers.
 pub const ROW_BLOCK: usize = 98;
 
-const K_CHUNK: usize = 256;
+pub(super) const K_CHUNK: usize = 256;
 
 /// Overwrites `c [rows, b.n]` with `a [rows, b.k] * b`; rows of `a` lie `a_stride` apart.
 pub fn gemm(
@@ -43,9 +43,17 @@ pub fn gemm_add(
         let k1 = (k0 + K_CHUNK).min(range.end);
         let columns = (k0 - range.start, k1 - range.start);
         let packed = scratch.pack_rows(kernel.mr, a, rows, columns, a_stride);
-        for j in 0..b.n.div_ceil(kernel.nr) {
+        let panels = b.n.div_ceil(kernel.nr);
+        for j in 0..panels {
             let panel = b.panel(j, k0, k1);
+            // The next panel comes from afar: a share of it with every tile of this one.
+            let next = if j + 1 < panels { b.panel(j + 1, k0, k1) } else { &[] };
+            let share = panel.len().div_ceil(rows.div_ceil(kernel.mr)).next_multiple_of(16);
+            let mut coming = next.chunks(share);
             for (i, a_panel) in packed.chunks_exact(kernel.mr * (k1 - k0)).enumerate() {
+                if let Some(lines) = coming.next() {
+                    prefetch(lines);
+                }
                 add_tile(kernel, k1 - k0, a_panel, panel, c, (rows, b.n), (i, j));
             }
         }
@@ -53,7 +61,7 @@ pub fn gemm_add(
 }
 
 /// Adds one tile to `c`; a tile that overhangs the edge goes through a buffer of its own.
-fn add_tile(
+pub(super) fn add_tile(
     kernel: &Kernel,
     k: usize,
     a: &[f32],

@@ -1,5 +1,12 @@
 //! `X^T Y` summed over batches of tokens: f32 inside of a batch, f64 across batches.
+//!
+//! ```text
+//! for each block of rows of the sum:                                 (in parallel)
+//!     for each chunk of tokens: pack columns of X; for each panel of Y: tiles into a f32 block
+//!     sum += block                                                   (f64, once a batch)
+//! ```
 
+use super::gemm::{K_CHUNK, add_tile};
 use super::pack::{PackedB, Scratch};
 use crate::error::{Error, Result};
 use crate::kernels::Kernel;
@@ -33,21 +40,34 @@ impl GramSum {
                 found: format!("{} values against {} columns", left.len(), right.n),
             });
         }
-        job.map_blocks(&mut self.sum, BLOCK * n, |block, rows| {
-            let first = block * BLOCK;
-            let last = first + rows.len() / n;
+        job.map_blocks(&mut self.sum, BLOCK * n, |block, sum| {
+            let (first, height) = (block * BLOCK, sum.len() / n);
+            let columns = if symmetric { first + height } else { n };
             let mut scratch = Scratch::default();
-            let packed = scratch.pack_columns(kernel.mr, left, tokens, (first, last), n);
-            let columns = if symmetric { last } else { n };
-            for j in 0..columns.div_ceil(kernel.nr) {
-                add_column_panel(kernel, tokens, packed, right.panel(j, 0, tokens), rows, n, j);
+            let mut product = vec![0.0f32; height * n];
+            for t0 in (0..tokens).step_by(K_CHUNK) {
+                let t1 = (t0 + K_CHUNK).min(tokens);
+                let rows = (first, first + height);
+                let packed = scratch.pack_columns(kernel.mr, &left[t0 * n..], t1 - t0, rows, n);
+                for j in 0..columns.div_ceil(kernel.nr) {
+                    let panel = right.panel(j, t0, t1);
+                    for (i, a) in packed.chunks_exact(kernel.mr * (t1 - t0)).enumerate() {
+                        add_tile(kernel, t1 - t0, a, panel, &mut product, (height, n), (i, j));
+                    }
+                }
             }
+            kernel.vectorised(|| {
+                for (sum, product) in sum.chunks_exact_mut(n).zip(product.chunks_exact(n)) {
+                    let (sum, product) = (&mut sum[..columns], &product[..columns]);
+                    sum.iter_mut().zip(product).for_each(|(s, p)| *s += f64::from(*p));
+                }
+            });
             Ok(())
         })?;
         Ok(())
     }
 
-    /// Entry `(i, j)`; of a symmetric sum the lower triangle counts (tiles overhang the diagonal).
+    /// Entry `(i, j)`; of a symmetric sum the lower triangle counts (blocks overhang the diagonal).
     pub fn at(&self, i: usize, j: usize) -> f64 {
         let (i, j) = if self.symmetric && j > i { (j, i) } else { (i, j) };
         self.sum[i * self.n + j]
@@ -61,30 +81,6 @@ impl GramSum {
     /// The diagonal of the sum.
     pub fn diagonal(&self) -> Vec<f64> {
         (0..self.n).map(|i| self.sum[i * self.n + i]).collect()
-    }
-}
-
-/// Adds the product of a packed block of `X^T` and one panel of `Y` to the rows of the sum.
-fn add_column_panel(
-    kernel: &Kernel,
-    tokens: usize,
-    packed: &[f32],
-    panel: &[f32],
-    rows: &mut [f64],
-    n: usize,
-    j: usize,
-) {
-    let (c0, height) = (j * kernel.nr, rows.len() / n);
-    let width = kernel.nr.min(n - c0);
-    for (i, a) in packed.chunks_exact((kernel.mr * tokens).max(1)).enumerate() {
-        let mut tile = [0.0f32; 512];
-        kernel.tile(tokens, a, panel, &mut tile, kernel.nr);
-        for r in 0..kernel.mr.min(height - i * kernel.mr) {
-            let row = &mut rows[(i * kernel.mr + r) * n + c0..][..width];
-            for (sum, v) in row.iter_mut().zip(&tile[r * kernel.nr..]) {
-                *sum += f64::from(*v);
-            }
-        }
     }
 }
 

@@ -103,10 +103,10 @@ impl Scratch {
         let panel_len = mr * k;
         self.a.clear();
         self.a.resize((c1 - c0).div_ceil(mr) * panel_len, 0.0);
-        for (i, panel) in self.a.chunks_exact_mut(panel_len.max(1)).enumerate() {
-            let (lo, hi) = (c0 + i * mr, (c0 + (i + 1) * mr).min(c1));
-            for (p, out) in panel.chunks_exact_mut(mr).enumerate() {
-                out[..hi - lo].copy_from_slice(&a[p * stride + lo..p * stride + hi]);
+        // Rows outermost: a row's columns lie side by side, a panel's rows far apart.
+        for (p, row) in a.chunks(stride).take(k).enumerate() {
+            for (i, columns) in row[c0..c1].chunks(mr).enumerate() {
+                self.a[i * panel_len + p * mr..][..columns.len()].copy_from_slice(columns);
             }
         }
         &self.a

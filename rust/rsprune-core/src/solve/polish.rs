@@ -2,7 +2,7 @@
 //! kept only if the error on tokens that no solver saw falls (our own; see [`Problem::score`]).
 //!
 //! ```text
-//! for damping in 0.01, 0.03, 0.1:  candidate = refit of the start;   keep the best
+//! for damping in 0.01, 0.03, 0.1, 0.3:  candidate = refit of the start;  keep the best
 //! candidate = refit of a local search from there;                    keep it if better
 //! ```
 
@@ -87,16 +87,22 @@ pub(super) fn polish_point(
     Ok(best)
 }
 
-/// The best refit of `start`, or `start` itself.
+/// The best refit of `start`, or `start` itself. A rung starts from the one below it, where it has
+/// half the way to go, and the ladder ends where the score rises.
 fn climb_ladder(job: &Job, problem: &Problem, start: Polished, steps: usize) -> Result<Polished> {
-    let mut best = Polished { values: start.values.clone(), ..start };
-    for damping in LADDER {
-        let mut values = start.values.clone();
+    let mut values = start.values.clone();
+    let (mut best, mut below) = (start, f64::INFINITY);
+    for (rung, damping) in LADDER.into_iter().enumerate() {
+        let steps = if rung == 0 { steps } else { steps.div_ceil(2) };
         refit(job, &problem.term, &mut values, damping, steps)?;
         let score = problem.score(job, &values)?;
         if score < best.score {
-            best = Polished { values, score, damping: Some(damping), search: None };
+            best = Polished { values: values.clone(), score, damping: Some(damping), search: None };
         }
+        if score > below {
+            break;
+        }
+        below = score;
     }
     Ok(best)
 }

@@ -48,7 +48,7 @@ pub(super) fn sparsegpt_point(
     for block in (0..n).step_by(BLOCK) {
         let end = (block + BLOCK).min(n);
         sweep.feed_back(job, term, block, end)?;
-        sweep.prune_block(job, pattern, block, end)?;
+        sweep.prune_block(job, term, pattern, block, end)?;
     }
     Ok(sweep.values)
 }
@@ -91,7 +91,14 @@ impl Sweep<'_> {
         Ok(())
     }
 
-    fn prune_block(&mut self, job: &Job, pattern: Pattern, b0: usize, b1: usize) -> Result<()> {
+    fn prune_block(
+        &mut self,
+        job: &Job,
+        term: &GramQuadratic,
+        pattern: Pattern,
+        b0: usize,
+        b1: usize,
+    ) -> Result<()> {
         let (n, r, target) = (self.n, self.r, self.target);
         let shared = match pattern {
             Pattern::Ratio { sparsity, scope: Scope::Matrix } => {
@@ -103,7 +110,8 @@ impl Sweep<'_> {
             for (k, row) in values.chunks_exact_mut(n).enumerate() {
                 let at = i * ROW_BLOCK + k;
                 let mask = shared.as_ref().map(|m| &m[at * (b1 - b0)..(at + 1) * (b1 - b0)]);
-                prune_row(row, &target[at * n..(at + 1) * n], r, (b0, b1), pattern, mask);
+                let target = &target[at * n..(at + 1) * n];
+                term.kernel.vectorised(|| prune_row(row, target, r, (b0, b1), pattern, mask));
             }
             Ok(())
         })?;
@@ -133,6 +141,7 @@ impl Sweep<'_> {
 ///
 /// A column's value then includes what the columns before it pass on while nothing of the unit is
 /// pruned yet; in terms of `R` those pass on the change that they underwent themselves.
+#[inline]
 fn unit_scores(
     row: &[f32],
     target: &[f32],
@@ -153,6 +162,7 @@ fn unit_scores(
 }
 
 /// Prunes one block of one row, feeding each loss to the later columns of the block.
+#[inline]
 fn prune_row(
     row: &mut [f32],
     target: &[f32],
