@@ -23,12 +23,18 @@ FISTA: dict[str, Any] = {
 }
 """The defaults of `Config`."""
 
-WHOLE_BUDGET = 756
+WHOLE_BUDGET = 1116
 """Products with the Gram with which `best` tries all of its candidates."""
 
 LEADING: dict[str, dict[str, Any]] = {
     "admm": {"damping": 0.01, "slow": False},
-    "fista_plus": {"iterations": 20, "xi": 0.3, "patience": 3, "lambda_start": 0.05},
+    "fista_plus": {
+        "iterations": 20,
+        "xi": 0.3,
+        "patience": 3,
+        "lambda_start": 0.05,
+        "floor": False,
+    },
     "best": {"budget": WHOLE_BUDGET},
     "polish": {"refit": True, "search": True},
 }

@@ -113,14 +113,24 @@ def test_fista_plus(text: str, scope: str, corrected: bool, judged: bool) -> Non
 
 
 @many
-@given(matrices, some_pattern, st.sampled_from(["wanda", "sparsegpt"]), st.booleans())
-def test_fista_plus_is_better_than_fista(
-    case: Case, pattern: tuple[str, str], warm_start: str, judged: bool
+@given(cases, some_pattern, st.booleans())
+def test_fista_plus_is_never_worse_than_fista(
+    case: Case, pattern: tuple[str, str], judged: bool
 ) -> None:
-    judged = judged and case.dense is None  # held out and corrected, it loses 1 in 200
     operator = case.operator(*pattern, judged=judged)
-    before = score(run("fista", operator, warm_start=warm_start)[1], judged=judged)
-    assert 0 < score(run("fista_plus", operator)[1], judged=judged) < before
+    before = score(run("fista", operator)[1], judged=judged)
+    after = score(run("fista_plus", operator, floor=True)[1], judged=judged)
+    assert after <= before * (1 + 1e-5) + 1e-9
+
+
+@many
+@given(matrices, some_pattern, st.sampled_from(["wanda", "sparsegpt"]))
+def test_fista_plus_is_better_without_a_floor(
+    case: Case, pattern: tuple[str, str], warm_start: str
+) -> None:
+    operator = case.operator(*pattern, judged=False)
+    before = run("fista", operator, warm_start=warm_start)[1]["error"]
+    assert 0 < run("fista_plus", operator)[1]["error"] < before
 
 
 @many
@@ -135,14 +145,14 @@ def test_admm_is_better_than_a_refit_of_wanda(
 
 
 @quick
-@given(cases, some_pattern, st.booleans(), st.sampled_from([1, 330, 331, 755, 756]))
+@given(cases, some_pattern, st.booleans(), st.sampled_from([1, 325, 326, 1115, 1116]))
 def test_best_is_the_best_of_its_candidates(
     case: Case, pattern: tuple[str, str], judged: bool, budget: int
 ) -> None:
     operator = case.operator(*pattern, judged=judged)
     certificate = run("best", operator, budget=budget)[1]
     candidates = certificate["candidates"]
-    count = 1 + (budget >= 331) + (budget >= 756)
+    count = 1 + (budget >= 326) + (budget >= 1116)
     assert list(candidates) == ["admm", "sparsegpt", "fista-plus"][:count]
     found, slack = score(certificate, judged=judged), 1e-8  # judged before it was divided by R
     assert found == pytest.approx(min(candidates.values()), rel=1e-4, abs=slack)
@@ -164,7 +174,7 @@ def test_a_larger_budget_never_hurts(corrected: bool) -> None:
     gains = []
     for seed in range(10):
         operator = Case.random(8, 32, seed=seed, corrected=corrected).operator("2:4")
-        found = [run("best", operator, budget=b)[1]["heldout_error"] for b in (1, 400, 800)]
+        found = [run("best", operator, budget=b)[1]["heldout_error"] for b in (1, 400, 1200)]
         assert found == sorted(found, reverse=True)
         gains.append(found[0] > found[-1])
     assert any(gains)
@@ -188,16 +198,13 @@ def test_the_units_of_the_weight_do_not_matter(method: str) -> None:
 
 
 def test_nothing_held_out_is_no_judge() -> None:
-    """Sums of no tokens: every point has the error zero, and the first one stays."""
+    """Sums of no tokens would give every point the error zero."""
     operator = Case.random(8, 16).operator("2:4")
     blind = dataclasses.replace(operator, heldout=_core.Statistics(16))
     for method in ("admm", "fista_plus", "best", "polish"):
         certificate = run(method, blind)[1]
-        assert certificate["heldout_error"] == 0
+        assert certificate["heldout_error"] is None
         assert 0 < certificate["error"] < 1
-
-
-UNCHECKED = pytest.mark.xfail(strict=True, reason="options of the leading solvers are not checked")
 
 
 @pytest.mark.parametrize(
@@ -205,10 +212,10 @@ UNCHECKED = pytest.mark.xfail(strict=True, reason="options of the leading solver
     [
         ("admm", {"damping": np.nan}),
         ("admm", {"damping": -5.0}),
-        pytest.param("admm", {"damping": -0.05}, marks=UNCHECKED),
-        pytest.param("fista_plus", {"lambda_start": -1.0}, marks=UNCHECKED),
-        pytest.param("fista_plus", {"lambda_start": 0.0}, marks=UNCHECKED),
-        pytest.param("fista_plus", {"lambda_start": np.nan}, marks=UNCHECKED),
+        ("admm", {"damping": -0.05}),
+        ("fista_plus", {"lambda_start": -1.0}),
+        ("fista_plus", {"lambda_start": 0.0}),
+        ("fista_plus", {"lambda_start": np.nan}),
     ],
 )
 def test_options_out_of_range_are_refused(method: str, options: dict[str, float]) -> None:

@@ -32,7 +32,7 @@ judges = pytest.mark.parametrize("judged", [False, True])
 
 SEARCH_DAMPING = 0.01
 """Of a local search that no refit precedes."""
-ROUNDING = {"F32": 2e-6, "F16": 2**-10, "BF16": 2**-7}
+ROUNDING = 2e-6
 """What the relative norm of an error may gain when a point that was judged is then stored."""
 
 quick = settings(max_examples=40, deadline=None)
@@ -90,8 +90,9 @@ def test_refit(text: str, scope: str, corrected: bool, judged: bool) -> None:
     np.testing.assert_array_equal(found == 0, start == 0)
     assert certificate["refit_damping"] == twin.damping
     assert certificate["refit_damping"] == 0.01 or judged  # what fits best where nothing judges
-    assert np.abs(found - twin.values).max() < 1e-3 * np.abs(twin.values).max()
-    assert score(certificate, judged=judged) == pytest.approx(twin.score, rel=1e-4)
+    # Rungs above the first take ten steps from the one below, where the twin solves exactly.
+    assert np.abs(found - twin.values).max() < 3e-3 * np.abs(twin.values).max()
+    assert score(certificate, judged=judged) == pytest.approx(twin.score, rel=5e-4)
     assert twin.score < 0.9 * case.error(start, heldout=judged)
 
 
@@ -145,7 +146,7 @@ def test_a_swap_changes_the_objective_by_what_it_says() -> None:
     hessian = case.scaled.hessian(0.1)
     linear = (case.scaled.linear - case.scaled.weight @ hessian)[0]
     before, changes = case.scaled.objective(start[None], 0.1), []
-    for change, out, into, value in swaps(hessian, linear, start, np.arange(N)):
+    for change, out, into, value, _ in swaps(hessian, linear, start, np.arange(N)):
         after = start.copy()
         after[out], after[into] = 0.0, value
         assert case.scaled.objective(after[None], 0.1) - before == pytest.approx(change, abs=1e-12)
@@ -154,20 +155,14 @@ def test_a_swap_changes_the_objective_by_what_it_says() -> None:
     assert min(changes) < 0 < max(changes)
 
 
-WORSE_PAIR = pytest.mark.xfail(
-    strict=True,
-    reason="descent.rs, best_swap: `least * (1.0 + cost.abs())` passes over better pairs",
-)
-
-
 @pytest.mark.parametrize(
     ("text", "scope", "corrected"),
     [(*pattern, corrected) for pattern in [*GROUPS, SWAPS[0]] for corrected in (False, True)]
     + [
-        pytest.param("50%", "row", False, marks=WORSE_PAIR),
-        pytest.param("50%", "row", True, marks=WORSE_PAIR),
+        ("50%", "row", False),
+        ("50%", "row", True),
         ("50%", "matrix", False),
-        pytest.param("50%", "matrix", True, marks=WORSE_PAIR),
+        ("50%", "matrix", True),
     ],
 )
 def test_local_search(text: str, scope: str, corrected: bool) -> None:
@@ -211,7 +206,7 @@ def test_polish_never_does_harm(
     start, before = run(method, operator)
     found, after = polish(operator, start, refit=refit, search=search)
     values = reference.widen(found, case.dtype)
-    limit = (score(before, judged=judged) ** 0.5 + ROUNDING[case.dtype]) ** 2 + 1e-7
+    limit = (score(before, judged=judged) ** 0.5 + ROUNDING) ** 2 + 1e-7
     assert score(after, judged=judged) <= limit
     assert case.error(values, heldout=judged) <= limit
     assert (found.shape, found.dtype) == (start.shape, start.dtype)
@@ -278,8 +273,10 @@ def test_values_that_are_refused() -> None:
     start = wanda(case, "2:4", "row")
     outside = start.copy()
     outside[2, np.flatnonzero(outside[2] == 0)[0]] = 1.0
-    for values in (outside, case.weight, start[:5]):
-        with pytest.raises(ValueError, match="polish: the values are not in the pattern"):
+    shape = r"values: expected the weight's shape \(8, 16\), found \(5, 16\)"
+    pattern = "values: expected the pattern 2:4"
+    for values, message in ((outside, pattern), (case.weight, pattern), (start[:5], shape)):
+        with pytest.raises(ValueError, match=message):
             polish(case.operator("2:4"), values)
     for bad in (np.nan, np.inf):
         spoiled = start.copy()
@@ -290,30 +287,13 @@ def test_values_that_are_refused() -> None:
         polish(case.operator("2:4"), start.astype(np.float64))
 
 
-@pytest.mark.xfail(strict=True, reason="polish.rs compares the number of values, not the shape")
 def test_values_of_another_shape_are_refused() -> None:
     case = Case.random(8, 16)
     with pytest.raises(ValueError, match="expected"):
         polish(case.operator("2:4"), wanda(case, "2:4", "row").reshape(16, 8))
 
 
-@pytest.mark.parametrize(
-    "text",
-    [
-        "2:4",
-        "4:8",
-        *(
-            pytest.param(
-                text,
-                marks=pytest.mark.xfail(
-                    strict=True,
-                    reason="descent.rs, best_swap: costs and gains are compared with 1 and 1e-9",
-                ),
-            )
-            for text in ("8:16", "50%")
-        ),
-    ],
-)
+@pytest.mark.parametrize("text", ["2:4", "4:8", "8:16", "50%"])
 def test_the_search_does_not_depend_on_the_units_of_the_weight(text: str) -> None:
     case, masks = Case.random(M, 64), []
     for power in (-20, 0, 20):  # exact in float32

@@ -101,6 +101,7 @@ def fista_plus(
     xi: float,
     patience: int,
     lambda_start: float,
+    floor: bool,
     threads: int | None = None,
 ) -> _Pruned: ...
 def admm(

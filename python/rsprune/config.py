@@ -70,7 +70,7 @@ class Config(BaseModel):
     """SparseGPT, ADMM: added to the Gram's diagonal, relative to its mean."""
     rho_schedule: Literal["published", "slow"] = "slow"
     """ADMM: how fast the penalty grows; slow takes twice the iterations."""
-    budget: int = Field(default=400, ge=1)
+    budget: int = Field(default=330, ge=1)
     """Best: products with the Gram that may be spent on an operator."""
     warm_start: Literal["auto", "wanda", "sparsegpt"] = "auto"
     """FISTA: first point; auto is the published choice (sparsegpt for OPT, else wanda)."""

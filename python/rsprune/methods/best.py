@@ -1,7 +1,7 @@
 """Best: several methods for every operator, each polished; the lowest held-out error is kept.
 
-Candidates are ADMM (slow schedule), SparseGPT, and FISTA-plus from the better of the two. The
-budget counts products with the Gram, so the result does not depend on how busy the machine is.
+Candidates are ADMM (slow schedule), SparseGPT, and with a budget of 1,120 FISTA-plus. The budget
+counts products with the Gram, so the result does not depend on how busy the machine is.
 """
 
 from __future__ import annotations

@@ -3,7 +3,8 @@
     min_V 1/2 ||V X* - W X||^2 + lambda sum |v_ij| sqrt(G_jj),   rounded, refitted, judged held out
 
 Scaled variables, momentum restarted row by row, a refit inside of every round, the best point by
-held-out error, polished at the end (see the core's `fista_plus.rs`).
+held-out error, polished at the end (see the core's `fista_plus.rs`). The published method is run as
+well, and its polished point is returned where it is better: never worse than `fista`.
 """
 
 from __future__ import annotations
@@ -38,5 +39,6 @@ class FistaPlus:
             xi=config.xi,
             patience=config.patience,
             lambda_start=config.lambda_start or LAMBDA_START,
+            floor=True,
             threads=threads,
         )

@@ -48,6 +48,8 @@ def fista_plus(
 ) -> FistaPoint:
     """Rounds from the best refitted point until `patience` of them bring no gain; polished.
 
+    The core can run the published method as well (`floor`); this twin leaves that out.
+
     Args:
         weight: W [m, n].
         pattern: what may stay.
@@ -66,13 +68,18 @@ def fista_plus(
     problem, judge = Scaled.of(weight, statistics), heldout or statistics
     sums = problem.statistics
 
+    def score(scaled: Matrix) -> float:
+        return quadratic_error(scaled / problem.roots, weight, judge)
+
     def refitted(values: Matrix) -> tuple[Matrix, float]:
         scaled = refit(problem, values, damping, refit_steps)
-        return scaled, quadratic_error(scaled / problem.roots, weight, judge)
+        return scaled, score(scaled)
 
     relative = damping / sums.mean_square  # less than one where channels are dead
     start = sparsegpt(problem.weight, pattern, sums, damping=relative)
     best, best_score = refitted(start)
+    if score(start) <= best_score:
+        best, best_score = start, score(start)
     if lipschitz is None:
         lipschitz = float(np.linalg.eigvalsh(sums.gram)[-1])
     rms = math.sqrt((problem.weight**2).mean())
@@ -83,10 +90,10 @@ def fista_plus(
         rounded = magnitude(point, pattern)
         rounding = rounding_error(point, rounded, problem.weight, sums)
         raise_lambda = rounding > xi * quadratic_error(rounded, problem.weight, sums)
-        candidate, score = refitted(rounded)
+        candidate, judged = refitted(rounded)
         rounds, stale = rounds + 1, stale + 1
-        if score < best_score:
-            best, best_score, best_lambda, stale = candidate, score, lambda_, 0
+        if judged < best_score:
+            best, best_score, best_lambda, stale = candidate, judged, lambda_, 0
         low, high = (lambda_, high) if raise_lambda else (low, lambda_)
         lambda_ = next_lambda(low, high)
         if high < low * (1 + RESOLUTION) or not SMALLEST <= lambda_ < LARGEST:

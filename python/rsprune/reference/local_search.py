@@ -24,8 +24,8 @@ from rsprune.reference.statistics import Matrix
 
 MOST_PATTERNS = 70
 CANDIDATES = 8
-LEAST_GAIN = 1e-9
-"""What a swap must lower `J` by; less is taken for rounding noise."""
+NOISE = 1e-5
+"""A swap must lower `J` by more than this share of what the return of a weight gains."""
 
 
 def local_search(
@@ -91,19 +91,19 @@ def swap(hessian: Matrix, linear: Matrix, v: Matrix, pattern: Pattern) -> None:
     for start in range(0, len(v), length):
         unit = np.arange(start, start + length)
         for _ in range(length // 4):
-            change, out, into, value = min(swaps(hessian, linear, v, unit), default=NO_SWAP)
-            if change >= -LEAST_GAIN:
+            change, out, into, value, gain = min(swaps(hessian, linear, v, unit), default=NO_SWAP)
+            if change >= -NOISE * gain:
                 break
             v[out], v[into] = 0.0, value
 
 
-NO_SWAP = (0.0, 0, 0, 0.0)
+NO_SWAP = (0.0, 0, 0, 0.0, 0.0)
 
 
 def swaps(
     hessian: Matrix, linear: Matrix, v: Matrix, unit: NDArray[np.intp]
-) -> Iterator[tuple[float, int, int, float]]:
-    """All candidates `(change of J, out, into, new v_into)` in the columns `unit` of the row `v`.
+) -> Iterator[tuple[float, int, int, float, float]]:
+    """All candidates `(change of J, out, into, new v_into, its gain)` in the columns `unit` of `v`.
 
     `J` changes by `-g_i v_i + H_ii v_i^2 / 2` as `v_i` becomes zero, where `g` is the gradient; as
     `v_j` leaves zero for its minimiser `-g_j / H_jj` it changes by `-g_j^2 / (2 H_jj)`.
@@ -115,5 +115,6 @@ def swaps(
     for out in sorted(kept, key=lambda i: cost[i])[:CANDIDATES]:
         without = g - v[out] * hessian[out]
         for into in sorted(zeros, key=lambda j: -gain[j])[:CANDIDATES]:
-            change = cost[out] - without[into] ** 2 / (2 * own[into])
-            yield float(change), int(out), int(into), float(-without[into] / own[into])
+            gained = float(without[into] ** 2 / (2 * own[into]))
+            value = float(-without[into] / own[into])
+            yield float(cost[out]) - gained, int(out), int(into), value, gained

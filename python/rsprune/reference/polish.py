@@ -1,6 +1,6 @@
 """What may follow any method: a refit and a local search, each kept only where the score falls.
 
-    for damping in 0.01, 0.03, 0.1, 0.3:  candidate = refit of the start
+    for damping in 0.01, 0.03, 0.1, 0.3, while the score falls:  candidate = refit of the start
     candidate = refit of a local search from the best of them
 
 The score is the relative error on held-out tokens, on the calibration tokens where there are none.
@@ -8,6 +8,7 @@ The score is the relative error on held-out tokens, on the calibration tokens wh
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 from rsprune.reference.certificate import quadratic_error
@@ -60,10 +61,15 @@ def polish(
 
     start = values * problem.roots
     best = Polished(start, score(start), None, None)
-    for damping in LADDER if refit else ():
-        candidate = solve_again(problem, start, damping, steps)
+    candidate, below = start, math.inf
+    for rung, damping in enumerate(LADDER if refit else ()):
+        shorter = steps if steps is None or rung == 0 else -(-steps // 2)
+        candidate = solve_again(problem, candidate, damping, shorter)
         if score(candidate) < best.score:
             best = Polished(candidate, score(candidate), damping, None)
+        if score(candidate) > below:
+            break
+        below = score(candidate)
     if search:
         damping = best.damping or LADDER[0]
         candidate = local_search(problem, pattern, best.values, damping=damping)

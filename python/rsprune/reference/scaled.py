@@ -17,7 +17,7 @@ import numpy as np
 
 from rsprune.reference.statistics import Matrix, Statistics
 
-SMALLEST_ROOT = 1e-3
+SMALLEST_ROOT = 1e-2
 """A channel counts as at least this much of the mean one, so that R can be inverted."""
 
 

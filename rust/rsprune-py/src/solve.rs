@@ -57,7 +57,8 @@ fn with_task<T: Send>(
     run(py, threads, |job| {
         let calibration = calibration.lock();
         let heldout = heldout.map(Statistics::lock);
-        let heldout = heldout.as_deref();
+        // Sums of no tokens judge nothing: every point would have the error zero.
+        let heldout = heldout.as_deref().filter(|sums| sums.tokens() > 0);
         call(job, &Task { weight: &weight, float, pattern, calibration: &calibration, heldout })
     })
 }
@@ -160,9 +161,11 @@ fn fista<'py>(
     solve_with(py, &operator, threads, |job, task| solve::fista(job, task, &options))
 }
 
-/// FISTA in scaled variables with restarts, refits and a held-out choice.
+/// FISTA in scaled variables with restarts, refits and a held-out choice; with `floor` the published
+/// method is run as well, and the result is never worse than its.
 #[pyfunction]
-#[pyo3(signature = (operator, *, iterations, xi, patience, lambda_start, threads = None))]
+#[pyo3(signature = (operator, *, iterations, xi, patience, lambda_start, floor, threads = None))]
+#[allow(clippy::too_many_arguments)] // the method's constants, by keyword
 fn fista_plus<'py>(
     py: Python<'py>,
     operator: Operator<'py>,
@@ -170,9 +173,11 @@ fn fista_plus<'py>(
     xi: f64,
     patience: usize,
     lambda_start: f64,
+    floor: bool,
     threads: Option<usize>,
 ) -> PyResult<Pruned<'py>> {
     let options = FistaPlusOptions {
+        floor: floor.then(FistaOptions::default),
         iterations,
         xi,
         patience,
@@ -220,7 +225,16 @@ fn polish<'py>(
     search: bool,
     threads: Option<usize>,
 ) -> PyResult<Pruned<'py>> {
-    let values = Stored::extract(values, &operator.dtype)?.widen()?;
+    let (values, weight) = (
+        Stored::extract(values, &operator.dtype)?,
+        Stored::extract(&operator.weight, &operator.dtype)?,
+    );
+    if values.shape() != weight.shape() {
+        let (expected, found) = (weight.shape(), values.shape());
+        let message = format!("values: expected the weight's shape {expected:?}, found {found:?}");
+        return Err(PyValueError::new_err(message));
+    }
+    let values = values.widen()?;
     let options = PolishOptions { refit, search, ..PolishOptions::default() };
     solve_with(py, &operator, threads, |job, task| solve::polish(job, task, values, &options))
 }

@@ -19,8 +19,8 @@ use std::borrow::Cow;
 use std::ops::Range;
 
 /// Channels count as at least this much of the mean one: scaling stays invertible where a channel
-/// is dead, and its weights are the first to go.
-const SMALLEST_ROOT: f64 = 1e-3;
+/// is dead, its weights are the first to go, and damping holds those of a nearly dead one.
+const SMALLEST_ROOT: f64 = 1e-2;
 
 /// One operator's data term, ready to be evaluated.
 pub struct GramQuadratic<'a> {

@@ -26,6 +26,8 @@ const BLOCK: usize = 128;
 const MOST_PATTERNS: usize = 70;
 /// Candidates on each side of a swap.
 const CANDIDATES: usize = 8;
+/// A swap that changes `J` by less than this share of what it gains may be rounding.
+const NOISE: f32 = 1e-5;
 
 /// At most `sweeps` sweeps from `values [m, n]`, which are in the pattern; in place.
 pub(super) fn local_search(
@@ -268,12 +270,13 @@ fn best_swap(
             outs.offer(cost(i), i);
         }
     }
-    let (mut best, mut least) = (None, -1e-9f32);
+    let (mut best, mut least) = (None, 0.0f32);
     for &(cost, out) in outs.items() {
         for &(_, into) in ins.items() {
             let moved = g[into] - h(out, into) * v[out];
-            let change = cost - gain(into, moved);
-            if change < least * (1.0 + cost.abs()) {
+            let gained = gain(into, moved);
+            let change = cost - gained;
+            if change < least && change < -NOISE * gained {
                 least = change;
                 best = Some(Swap { out, into, value: -moved / own(into) });
             }

@@ -69,14 +69,42 @@ impl Default for FistaOptions {
 
 /// Solves one operator; see the module's header.
 pub fn fista(job: &Job, task: &Task, options: &FistaOptions) -> Result<Solution> {
-    if !(options.lambda > 0.0 && options.lambda.is_finite()) {
-        let found = options.lambda;
-        return Err(Error::Option(format!("lambda_start: must be positive, found {found}")));
-    }
+    check_lambda(options.lambda)?;
     let term = GramQuadratic::new(job, task.weight, task.calibration)?;
+    let Rounds { values, lambda, rounds } = fista_point(job, task, &term, options)?;
+    let mut solution = task.certify(job, values, &term)?;
+    solution.certificate.lambda = Some(lambda);
+    solution.certificate.rounds = rounds;
+    solution.certificate.iterations = rounds * options.iterations;
+    solution.certificate.converged = rounds < options.max_rounds;
+    Ok(solution)
+}
+
+/// Refuses a first lambda that no search can start from.
+pub(super) fn check_lambda(lambda: f64) -> Result<()> {
+    if lambda > 0.0 && lambda.is_finite() {
+        return Ok(());
+    }
+    Err(Error::Option(format!("lambda_start: must be positive, found {lambda}")))
+}
+
+/// The best rounded point of all rounds.
+pub(super) struct Rounds {
+    pub values: Vec<f32>,
+    /// That it was found with; zero for the warm start.
+    pub lambda: f64,
+    pub rounds: usize,
+}
+
+pub(super) fn fista_point(
+    job: &Job,
+    task: &Task,
+    term: &GramQuadratic,
+    options: &FistaOptions,
+) -> Result<Rounds> {
     let mut best = match options.warm_start {
         WarmStart::Wanda => wanda_point(task),
-        WarmStart::SparseGpt => sparsegpt_point(job, task.pattern, &term, options.damping)?,
+        WarmStart::SparseGpt => sparsegpt_point(job, task.pattern, term, options.damping)?,
     };
     let mut best_error = term.relative_error(job, &best)?;
     let mut search = LambdaSearch::new(options.lambda);
@@ -85,7 +113,7 @@ pub fn fista(job: &Job, task: &Task, options: &FistaOptions) -> Result<Solution>
     let scale = (dot(task.weight, task.weight) / task.weight.len().max(1) as f64).sqrt();
     while lipschitz > 0.0 && stale < options.patience && rounds < options.max_rounds {
         let prox = Prox { step: 1.0 / lipschitz, threshold: search.lambda * scale / lipschitz };
-        let point = iterate(job, &term, &best, prox, options.iterations)?;
+        let point = iterate(job, term, &best, prox, options.iterations)?;
         let mut rounded = point.clone();
         task.pattern.project(&mut rounded, task.cols(), None);
         let total = term.relative_error(job, &rounded)?;
@@ -99,12 +127,7 @@ pub fn fista(job: &Job, task: &Task, options: &FistaOptions) -> Result<Solution>
             break;
         }
     }
-    let mut solution = task.certify(job, best, &term)?;
-    solution.certificate.lambda = Some(best_lambda);
-    solution.certificate.rounds = rounds;
-    solution.certificate.iterations = rounds * options.iterations;
-    solution.certificate.converged = rounds < options.max_rounds;
-    Ok(solution)
+    Ok(Rounds { values: best, lambda: best_lambda, rounds })
 }
 
 #[derive(Clone, Copy)]

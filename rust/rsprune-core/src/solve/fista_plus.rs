@@ -6,15 +6,15 @@
 //!     V = FISTA iterations from best on  J(V) + lambda |V|_1,   momentum restarted row by row
 //!     R = V rounded to the pattern, then refitted;              keep R if it scores better
 //!     lambda up if rounding causes more than a share xi of the error, else down
-//! best = polished best
+//! best = polished best, or the polished point of the published method where that is better
 //! ```
 //! What differs from the published method and why: scaled variables, as 1/L moves only the top
 //! directions otherwise; the momentum restarts where it points uphill; rounded points are judged
 //! after their refit, by held-out error; lambda starts where the published search ends up and is
 //! bracketed by factors of two.
 
-use super::fista::LambdaSearch;
-use super::polish::{PolishOptions, polish_point};
+use super::fista::{FistaOptions, LambdaSearch, check_lambda, fista_point};
+use super::polish::{PolishOptions, Polished, polish_point};
 use super::problem::Problem;
 use super::refit::refit;
 use super::sparsegpt::sparsegpt_point;
@@ -40,6 +40,8 @@ pub struct FistaPlusOptions {
     pub damping: f64,
     /// Conjugate gradient steps on the mask of every round.
     pub refit_steps: usize,
+    /// The published method, run as well so that the result is never worse than its.
+    pub floor: Option<FistaOptions>,
 }
 
 impl Default for FistaPlusOptions {
@@ -52,22 +54,43 @@ impl Default for FistaPlusOptions {
             lambda: 0.05,
             damping: 0.01,
             refit_steps: 8,
+            floor: Some(FistaOptions::default()),
         }
     }
 }
 
 /// Solves one operator; see the module's header.
 pub fn fista_plus(job: &Job, task: &Task, options: &FistaPlusOptions) -> Result<Solution> {
+    check_lambda(options.lambda)?;
     let problem = Problem::new(job, task)?;
-    let start = sparsegpt_point(job, task.pattern, &problem.term, options.damping)?;
-    let found = fista_plus_point(job, &problem, start, options)?;
-    let polished = polish_point(job, &problem, found.values, &PolishOptions::default())?;
+    let (found, polished) = fista_plus_point(job, &problem, options)?;
     let mut solution = polished.certify(job, &problem)?;
     solution.certificate.lambda = Some(found.lambda);
     solution.certificate.rounds = found.rounds;
     solution.certificate.iterations = found.rounds * options.iterations;
     solution.certificate.converged = found.rounds < options.max_rounds;
     Ok(solution)
+}
+
+/// The method in scaled variables: where its rounds ended, and the polished best point.
+pub(super) fn fista_plus_point(
+    job: &Job,
+    problem: &Problem,
+    options: &FistaPlusOptions,
+) -> Result<(Found, Polished)> {
+    let start = sparsegpt_point(job, problem.task.pattern, &problem.term, options.damping)?;
+    let found = run_rounds(job, problem, start, options)?;
+    let polish = |values| polish_point(job, problem, values, &PolishOptions::default());
+    let mut best = polish(found.values.clone())?;
+    if let Some(floor) = options.floor {
+        let term = GramQuadratic::new(job, problem.task.weight, problem.task.calibration)?;
+        let published = fista_point(job, problem.task, &term, &floor)?;
+        let polished = polish(problem.scale(published.values))?;
+        if polished.score < best.score {
+            best = polished;
+        }
+    }
+    Ok((found, best))
 }
 
 /// The best refitted point of all rounds, in scaled variables.
@@ -77,16 +100,21 @@ pub(super) struct Found {
     pub rounds: usize,
 }
 
-pub(super) fn fista_plus_point(
+fn run_rounds(
     job: &Job,
     problem: &Problem,
     start: Vec<f32>,
     options: &FistaPlusOptions,
 ) -> Result<Found> {
     let term = &problem.term;
+    let mut best_score = problem.score(job, &start)?;
+    let mut refitted = start.clone();
+    refit(job, term, &mut refitted, options.damping, options.refit_steps)?;
+    let refitted_score = problem.score(job, &refitted)?;
     let mut best = Found { values: start, lambda: 0.0, rounds: 0 };
-    refit(job, term, &mut best.values, options.damping, options.refit_steps)?;
-    let mut best_score = problem.score(job, &best.values)?;
+    if refitted_score < best_score {
+        (best.values, best_score) = (refitted, refitted_score);
+    }
     let mut search = LambdaSearch::new(options.lambda);
     let lipschitz = largest_eigenvalue(job, &term.gram, term.n)?;
     let rms = (dot(&term.weight, &term.weight) / term.weight.len().max(1) as f64).sqrt();

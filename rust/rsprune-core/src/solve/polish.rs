@@ -50,12 +50,24 @@ pub fn polish(
     values: Vec<f32>,
     options: &PolishOptions,
 ) -> Result<Solution> {
-    if values.len() != task.weight.len() || !task.pattern.holds(&values, task.cols()) {
-        return Err(Error::Option("polish: the values are not in the pattern".into()));
+    if values.len() != task.weight.len() {
+        return Err(Error::Shape {
+            what: "values".into(),
+            expected: format!("{} as the weight has", task.weight.len()),
+            found: values.len().to_string(),
+        });
+    }
+    if !task.pattern.holds(&values, task.cols()) {
+        return Err(Error::Option(format!("values: expected the pattern {}", task.pattern)));
     }
     let problem = Problem::new(job, task)?;
-    let start = problem.scale(values);
-    polish_point(job, &problem, start, options)?.certify(job, &problem)
+    let polished = polish_point(job, &problem, problem.scale(values.clone()), options)?;
+    if polished.damping.is_none() && polished.search != Some(true) {
+        let mut solution = problem.certify_stored(job, values)?; // not a bit of it is touched
+        solution.certificate.search = polished.search;
+        return Ok(solution);
+    }
+    polished.certify(job, &problem)
 }
 
 /// The same in scaled variables.

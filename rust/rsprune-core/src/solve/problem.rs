@@ -25,10 +25,20 @@ impl<'a> Problem<'a> {
         Ok(Problem { task, term, heldout, roots })
     }
 
-    /// What candidates are compared by: held-out error, or the calibration error where no token
-    /// is held out.
+    /// What candidates are compared by, at the point that would be stored: held-out error, or the
+    /// calibration error where no token is held out.
     pub fn score(&self, job: &Job, values: &[f32]) -> Result<f64> {
-        self.heldout.as_ref().unwrap_or(&self.term).relative_error(job, values)
+        let stored = self.scale(self.stored(values.to_vec()));
+        self.heldout.as_ref().unwrap_or(&self.term).relative_error(job, &stored)
+    }
+
+    /// From scaled variables to the values that are stored.
+    fn stored(&self, mut values: Vec<f32>) -> Vec<f32> {
+        for row in values.chunks_exact_mut(self.roots.len()) {
+            row.iter_mut().zip(&self.roots).for_each(|(v, r)| *v /= r);
+        }
+        self.task.store(&mut values);
+        values
     }
 
     /// Keeps what the pattern allows, by `|v'| = |v| sqrt(G_jj)`.
@@ -45,15 +55,16 @@ impl<'a> Problem<'a> {
     }
 
     /// Rounds scaled `values` to the stored type and measures them there.
-    pub fn certify(&self, job: &Job, mut values: Vec<f32>) -> Result<Solution> {
-        for row in values.chunks_exact_mut(self.roots.len()) {
-            row.iter_mut().zip(&self.roots).for_each(|(v, r)| *v /= r);
-        }
-        self.task.store(&mut values);
-        let stored = self.scale(values.clone());
+    pub fn certify(&self, job: &Job, values: Vec<f32>) -> Result<Solution> {
+        self.certify_stored(job, self.stored(values))
+    }
+
+    /// Measures `values` that are what will be stored.
+    pub fn certify_stored(&self, job: &Job, values: Vec<f32>) -> Result<Solution> {
+        let scaled = self.scale(values.clone());
         let mut certificate = self.task.certificate(&values);
-        certificate.error = self.term.relative_error(job, &stored)?;
-        let heldout = self.heldout.as_ref().map(|t| t.relative_error(job, &stored));
+        certificate.error = self.term.relative_error(job, &scaled)?;
+        let heldout = self.heldout.as_ref().map(|t| t.relative_error(job, &scaled));
         certificate.heldout = heldout.transpose()?;
         Ok(Solution { values, certificate })
     }
