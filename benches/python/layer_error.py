@@ -3,7 +3,8 @@
     python benches/python/layer_error.py MODEL --calibration c4.jsonl
 
 q, o, up and down projections of decoder layers 3, 12 and 22, dense inputs, 12 windows of 2,048 (10
-for the solvers, 2 held out): the matrices that design figures of this project refer to.
+for the solvers, 2 held out): the matrices that design figures of this project refer to. With
+`--samples 32` 28 and 4.
 """
 
 from __future__ import annotations
@@ -28,30 +29,42 @@ from rsprune.windows import Split, Windows
 
 LAYERS = (3, 12, 22)
 LINEARS = ("q_proj", "o_proj", "up_proj", "down_proj")
-SPLIT = Split(10, 2)
 FISTA = {"iterations": 20, "xi": 0.3, "patience": 3, "lambda_start": 0.01, "damping": 0.01}
+PLUS = {"iterations": 20, "xi": 0.3, "patience": 3, "lambda_start": 0.05, "floor": False}
 SOLVERS = {
     "sparsegpt": lambda op: _core.sparsegpt(op, damping=0.01),
     "magnitude": _core.magnitude,
     "wanda": _core.wanda,
     "fista from wanda": lambda op: _core.fista(op, warm_start="wanda", **FISTA),
     "fista from sparsegpt": lambda op: _core.fista(op, warm_start="sparsegpt", **FISTA),
+    "sparsegpt, refit": lambda op: polished(op, search=False),
+    "sparsegpt, refit, search": lambda op: polished(op, search=True),
+    "fista-plus": lambda op: _core.fista_plus(op, **PLUS),
+    "admm, published": lambda op: _core.admm(op, damping=0.01, slow=False),
+    "admm, slow": lambda op: _core.admm(op, damping=0.01, slow=True),
+    "best": lambda op: _core.best(op, budget=1116),
 }
 
 
+def polished(operator: methods.Operator, *, search: bool) -> methods.Pruned:
+    """SparseGPT with what may follow any method."""
+    weight, _ = _core.sparsegpt(operator, damping=0.01)
+    return _core.polish(operator, weight, refit=True, search=search)
+
+
 def groups(
-    prepared: Prepared, windows: torch.Tensor
+    prepared: Prepared, windows: torch.Tensor, split: Split
 ) -> Iterator[tuple[int, Group, GroupStatistics]]:
     """Sums of every group of the chosen layers, on the dense model's hidden states."""
     skeleton, stream = prepared.skeleton, prepared.stream
-    stores = [Windows(SPLIT.count, windows.shape[1], skeleton.channels) for _ in range(2)]
+    stores = [Windows(len(windows), windows.shape[1], skeleton.channels) for _ in range(2)]
     for window, hidden in enumerate(stream.embed(windows)):
         stores[0].put(window, hidden)
     for index in range(max(LAYERS) + 1):
         skeleton.load_layer(index)
         job = LayerJob(
             layer=skeleton.layers[index], structure=prepared.opening.structures[index],
-            kwargs=stream.kwargs(index), inputs=Inputs("layer", "own", False), split=SPLIT,
+            kwargs=stream.kwargs(index), inputs=Inputs("layer", "own", False), split=split,
             threads=_core.default_threads(), store=lambda kind, channels: stores[1],
             pool=skeleton.pool, where=f"layer {index}", timing=Timing(),
         )  # fmt: skip
@@ -68,14 +81,17 @@ def main() -> None:
     parser.add_argument("model", type=Path)
     parser.add_argument("--calibration", required=True)
     parser.add_argument("--pattern", default="2:4")
+    parser.add_argument("--samples", type=int, default=12)
     args = parser.parse_args()
-    prepared = prepare(args.model, Config(samples=SPLIT.count, pattern=args.pattern), None)
+    held = max(2, args.samples // 8)
+    split = Split(args.samples - held, held)
+    prepared = prepare(args.model, Config(samples=args.samples, pattern=args.pattern), None)
     windows = calibration_windows(
-        load_texts(args.calibration), load_tokenizer(args.model), samples=SPLIT.count,
+        load_texts(args.calibration), load_tokenizer(args.model), samples=args.samples,
         seq_len=2048, seed=0,
     )  # fmt: skip
     logs: dict[str, list[tuple[float, float]]] = {name: [] for name in SOLVERS}
-    for index, group, sums in groups(prepared, windows):
+    for index, group, sums in groups(prepared, windows, split):
         for linear in group.linears:
             if not linear.endswith(LINEARS):
                 continue

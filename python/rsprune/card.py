@@ -88,9 +88,18 @@ def _what_was_done(report: Report, config: dict[str, Any], base_model: str) -> s
     return (
         f"`{base_model}` ({run.get('architecture')}, {run.get('layers')} decoder layers), pruned "
         f"by rsprune {run.get('version')} with the method `{config.get('method')}` to the pattern "
-        f"`{config.get('pattern')}`: {len(report.tensors)} tensors were pruned{share}. Everything "
-        "else is as in the base model. There was no training afterwards.\n"
+        f"`{config.get('pattern')}`: {len(report.tensors)} tensors were pruned{share}. "
+        f"{_what_else(config)}\n"
     )
+
+
+def _what_else(config: dict[str, Any]) -> str:
+    if config.get("tune_block"):
+        return (
+            "The kept weights and the norms of every decoder layer were then fitted to the dense "
+            "layer's output on the calibration windows; the errors below are from before that."
+        )
+    return "Everything else is as in the base model. There was no training afterwards."
 
 
 def _certificate(report: Report) -> str:

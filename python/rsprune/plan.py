@@ -114,7 +114,7 @@ def prepare(folder: Path, config: Config, out: Path | None) -> Prepared:
         peak_bytes=peak,
         memory_limit=limit,
         spill=spill,
-        passes=_passes(inputs),
+        passes=_passes(inputs, config),
         warnings=_warnings(operators, config),
     )
     _check_disk(plan, out, memory["hidden states"] if spill else 0)
@@ -258,7 +258,7 @@ def _check_disk(plan: Plan, out: Path | None, spill: int) -> None:
         )
 
 
-def _passes(inputs: Inputs) -> str:
+def _passes(inputs: Inputs, config: Config) -> str:
     """How often a layer is run over all windows; replays make later parts start midway."""
     parts = []
     if inputs.propagate == "layer" or inputs.target == "dense":
@@ -270,6 +270,12 @@ def _passes(inputs: Inputs) -> str:
         parts.append("own 1 to the last input")
     if inputs.propagate == "model":
         parts[-1] += " + 1 partial" if inputs.true_sequential else " + 1 whole"
+    if config.allocate:
+        parts.append("budget a few windows 4 times")
+    if config.tune_block:
+        # A backward pass takes as long as two forward ones.
+        passes = 3 * config.tune_steps * config.tune_batch / config.samples
+        parts.append(f"tuning at most {passes:.0f} (forward and backward)")
     return ", ".join(parts)
 
 
