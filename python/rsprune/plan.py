@@ -23,8 +23,11 @@ from rsprune.methods.base import Inputs
 from rsprune.skeleton import Skeleton
 from rsprune.stream import Opening, Stream
 
-GRAM_BYTES = 8
-"""Sums are kept in f64."""
+GRAM_BYTES = 4
+"""Sums are kept in float32, symmetric ones up to their diagonal."""
+
+GRAM_BLOCK = 112
+"""Rows that end at the same column."""
 
 
 @dataclass(frozen=True)
@@ -230,8 +233,8 @@ def _tuning_bytes(layer: int, width: int, channels: int, config: Config) -> int:
 def _gram_bytes(groups: tuple[Group, ...], inputs: Inputs, config: Config) -> int:
     kinds = 2 if config.heldout > 0 else 1
     drifts = inputs.true_sequential or inputs.propagate == "model"
-    sums = 3 if inputs.target == "dense" and drifts else 1
-    each = [g.width**2 * GRAM_BYTES * kinds * sums for g in groups]
+    squares = 2.0 if inputs.target == "dense" and drifts else 0.5  # two halves and a whole, or one
+    each = [int(g.width * (g.width + GRAM_BLOCK) * squares) * GRAM_BYTES * kinds for g in groups]
     return max(each) if inputs.true_sequential else sum(each)
 
 

@@ -61,6 +61,31 @@ impl<'a> Job<'a> {
         })
     }
 
+    /// The same over parts of `data` of any lengths, part `i` ending at `ends[i]`.
+    pub fn map_parts<E: Send, T: Send>(
+        &self,
+        data: &mut [E],
+        ends: &[usize],
+        f: impl Fn(usize, &mut [E]) -> Result<T> + Sync,
+    ) -> Result<Vec<T>> {
+        let mut parts = Vec::with_capacity(ends.len());
+        let (mut rest, mut start) = (data, 0);
+        for end in ends {
+            let (part, after) = rest.split_at_mut(end - start);
+            parts.push(part);
+            (rest, start) = (after, *end);
+        }
+        self.pool.0.install(|| {
+            let numbered = parts.into_par_iter().enumerate();
+            numbered
+                .map(|(i, part)| {
+                    self.check()?;
+                    f(i, part)
+                })
+                .collect()
+        })
+    }
+
     /// Runs `f(i)` for `i` in `0..count` in parallel; the results stand in order.
     pub fn map<T: Send>(
         &self,
