@@ -68,7 +68,7 @@ def test_overwrite_replaces(compressed: Runs, tmp_path: Path):
 
 @pytest.mark.parametrize("error", [RuntimeError("boom"), KeyboardInterrupt()])
 @pytest.mark.parametrize("overwrite", [False, True])
-def test_a_failure_leaves_nothing(
+def test_a_failure_in_the_first_layer_leaves_nothing(
     compressed: Runs, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: Any, overwrite: bool
 ):
     run, out, seen = compressed("llama_tied", "wanda", "2:4"), tmp_path / "out", []
@@ -79,7 +79,7 @@ def test_a_failure_leaves_nothing(
 
     def solve(*args: Any, **kwargs: Any) -> Any:
         seen.append((out.with_name("out.partial") / "rsprune-report.jsonl").exists())
-        if len(seen) > 7:  # the seven linears of the first layer went well
+        if len(seen) > 5:  # some linears of the first layer went well
             raise error
         return original(*args, **kwargs)
 

@@ -80,7 +80,7 @@ class LayerJob:
 
         The caller gives the group's new weights to `set_weight` before it asks for the next one.
         """
-        self._open(dense, own)
+        self.open(dense, own)
         if self.inputs.true_sequential:
             stages: list[tuple[Group, ...]] = [(group,) for group in self.structure.groups]
         else:
@@ -95,6 +95,22 @@ class LayerJob:
         """Lets the own path run with a pruned weight [outputs, inputs], exactly as it is stored."""
         if self._own is not None:
             self._own.set_weight(linear, torch.from_numpy(weight).view(TORCH_DTYPES[dtype]))
+
+    def replay(self, stored: dict[str, Tensor]) -> None:
+        """Runs the layer as it was run before, with the parameters that it was stored with.
+
+        Both paths give the bits that they gave then; nothing is summed, solved or tuned.
+
+        Args:
+            stored: parameter name -> value as stored; all that the compressed layer holds.
+        """
+        with self.timing.stage("replay"):
+            if self._dense is not None:
+                for window in range(self.split.count):
+                    self._next.put(window, self._dense.output(window))
+            if self.inputs.propagate == "model":
+                assert self._own is not None
+                self._own.tune(stored)
 
     def tune(self, dtypes: dict[str, torch.dtype], config: Config) -> Tuned:
         """Fits the compressed layer to the dense one's output; the own path goes on with it.
@@ -141,7 +157,8 @@ class LayerJob:
         """Linears run, weighted by size, in whole passes over all windows."""
         return sum(path.passes for path in (self._dense, self._own) if path is not None)
 
-    def _open(self, dense: Windows, own: Windows) -> None:
+    def open(self, dense: Windows, own: Windows) -> None:
+        """Begins: `groups` does so by itself, `replay` wants it done."""
         needs_dense = self.inputs.needs_dense or self.tuned
         needs_own = self.inputs.propagate == "model" or self.inputs.true_sequential or self.tuned
         layer = twin(self.layer) if needs_dense else self.layer  # before a path hooks into it

@@ -6,15 +6,18 @@ in `<out>.partial`, shard by shard, and gets its name by one rename when everyth
 
 from __future__ import annotations
 
+import contextlib
+import fcntl
 import hashlib
 import itertools
 import json
 import math
 import os
 import shutil
+import socket
 import tempfile
 import warnings
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -78,6 +81,11 @@ class Checkpoint:
         checkpoint.tensors = {n: t for n, t in checkpoint.tensors.items() if n in index}
         return checkpoint
 
+    @property
+    def files(self) -> list[str]:
+        """Names of the shards."""
+        return list(self._shards)
+
     def view(self, name: str) -> torch.Tensor:
         """The tensor as stored: read-only memory of the shard, not a copy."""
         info = self.tensors[name]
@@ -116,7 +124,10 @@ class Checkpoint:
 
 
 class OutputFolder:
-    """The folder that is being written: `<out>.partial` until `commit`."""
+    """The folder that is being written: `<out>.partial` until `commit`.
+
+    What an earlier run left there stays until `clear`.
+    """
 
     def __init__(self, out: Path) -> None:
         self.out = Path(os.path.abspath(out))
@@ -124,10 +135,50 @@ class OutputFolder:
         self._files: dict[str, str] = {}
         self.total_bytes = 0
         self.total_parameters = 0
-        shutil.rmtree(self.folder, ignore_errors=True)
-        self.folder.mkdir(parents=True)
+        self.folder.mkdir(parents=True, exist_ok=True)
         self.scratch = self.folder / ".scratch"
-        self.scratch.mkdir()
+
+    @contextlib.contextmanager
+    def owned(self) -> Iterator[None]:
+        """Keeps other runs out for the length of the block; a killed run's claim dies with it.
+
+        Raises:
+            UsageError: naming the process that writes here.
+        """
+        path = self.folder / ".lock"
+        with path.open("a+") as lock:
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                os.stat(path)
+            except OSError:  # held, or gone with the run that held it a moment ago
+                lock.seek(0)
+                raise UsageError(
+                    f"output {self.out}: another run is writing it ({lock.read().strip()})"
+                ) from None
+            lock.truncate(0)
+            lock.write(f"process {os.getpid()} on {socket.gethostname()}\n")
+            lock.flush()
+            shutil.rmtree(self.scratch, ignore_errors=True)
+            self.scratch.mkdir()
+            try:
+                yield
+            finally:
+                shutil.rmtree(self.scratch, ignore_errors=True)
+                path.unlink(missing_ok=True)
+
+    def clear(self) -> None:
+        """Removes what an earlier run left."""
+        for path in self.folder.iterdir():
+            if path.name in (".lock", ".scratch"):
+                continue
+            shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
+
+    def keep_shard(self, file: str, source: Checkpoint, names: list[str]) -> None:
+        """Counts a shard in that an earlier run has finished."""
+        for name in names:
+            self._files[name] = file
+            self.total_bytes += source.tensors[name].nbytes
+            self.total_parameters += math.prod(source.tensors[name].shape)
 
     def put_shard(
         self, file: str, source: Checkpoint, names: list[str], changed: dict[str, NDArray[Any]]
@@ -144,10 +195,8 @@ class OutputFolder:
             new = changed.get(info.name)
             data = source.read(info.name) if new is None else new.reshape(-1).view(np.uint8)
             writer.put(info.name, data)
-            self._files[info.name] = file
-            self.total_bytes += info.nbytes
-            self.total_parameters += math.prod(info.shape)
         writer.finish()
+        self.keep_shard(file, source, names)
         path = self.folder / file
         return {"file": file, "bytes": path.stat().st_size, "sha256": sha256(path)}
 
@@ -176,7 +225,8 @@ class OutputFolder:
 
     def commit(self) -> None:
         """Gives the folder its name; an older output of that name goes only now."""
-        shutil.rmtree(self.scratch)
+        shutil.rmtree(self.scratch, ignore_errors=True)
+        (self.folder / ".lock").unlink(missing_ok=True)
         if not self.out.exists():
             os.rename(self.folder, self.out)
             return

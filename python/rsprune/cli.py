@@ -101,6 +101,9 @@ def compress(
     overwrite: Annotated[
         bool, Option("--overwrite", help="OUT may exist and is replaced.")
     ] = False,
+    restart: Annotated[
+        bool, Option("--restart", help="Discard an unfinished run of OUT; the default goes on.")
+    ] = False,
     dry_run: Annotated[bool, Option("--dry-run", help="Only plan.")] = False,
     json: Json = False,
     quiet: Quiet = False,
@@ -114,7 +117,9 @@ def compress(
     from rsprune.run import compress as run_compress
 
     with _progress(json, quiet) as progress:
-        report = run_compress(model, out, config, overwrite=overwrite, progress=progress)
+        report = run_compress(
+            model, out, config, overwrite=overwrite, restart=restart, progress=progress
+        )
     if json:
         _emit(folder=report.folder, summary=report.summary)
     elif not quiet:

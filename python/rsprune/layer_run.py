@@ -6,6 +6,7 @@ that is in it already (its channels have moved) is what later steps start from.
 
 from __future__ import annotations
 
+import dataclasses
 import time
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -25,6 +26,7 @@ from rsprune.permute import Coupling, consumer_sums, find_couplings
 from rsprune.plan import Operator, Prepared
 from rsprune.progress import Progress
 from rsprune.report import Journal
+from rsprune.resume import reorder
 from rsprune.windows import Windows
 
 
@@ -37,8 +39,8 @@ class LayerRun:
         job: its way through the windows.
         patterns: what every operator is pruned to, by the name of its weight.
         changed: tensors to be stored, by on-disk name, as they are stored.
+        permutations: what `permute` did, as the journal keeps it.
         passes: partial runs over the windows beside those of `job`.
-        zeros: zeros in pruned operators so far.
     """
 
     index: int
@@ -49,8 +51,8 @@ class LayerRun:
     journal: Journal
     progress: Progress
     changed: dict[str, NDArray[Any]] = field(default_factory=dict)
+    permutations: list[dict[str, Any]] = field(default_factory=list)
     passes: float = 0.0
-    zeros: int = 0
 
     @cached_property
     def operators(self) -> dict[str, Operator]:
@@ -89,8 +91,9 @@ class LayerRun:
             stored = self.prepared.checkpoint.lend(on_disk) if held is None else held
             moved = coupling.permute(name, torch.from_numpy(stored), order)
             self.changed[on_disk] = moved.numpy()
-            value = self.job.layer.get_parameter(name)
-            value.copy_(coupling.permute(name, value, order))
+        moved_so = {**dataclasses.asdict(coupling), "order": order.tolist()}
+        reorder(self.job.layer, [moved_so])
+        self.permutations.append(moved_so)
 
     def prune(self, linear: str, statistics: GroupStatistics) -> None:
         """Prunes an operator, unless it is ignored; the layer goes on with what will be stored."""
@@ -101,7 +104,6 @@ class LayerRun:
             weight, certificate = self._solve(operator, statistics)
         self.changed[operator.name] = weight
         self.job.set_weight(linear, weight, operator.dtype)
-        self.zeros += round(certificate["sparsity"] * weight.size)
         method = methods.get(self.config.method)
         self.journal.write(
             "tensor",

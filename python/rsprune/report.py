@@ -50,6 +50,8 @@ class Journal:
         line = json.dumps(record, sort_keys=True, allow_nan=False, ensure_ascii=False)
         self._file.write(line.encode() + b"\n")
         self._file.flush()
+        if kind == "layer":
+            os.fsync(self._file.fileno())  # from now on its shard counts
 
     def close(self) -> None:
         """Puts the file on disk and closes it."""
@@ -101,21 +103,26 @@ def load_report(folder: str | Path) -> Report:
             is not what `Journal` writes.
     """
     path = Path(folder) / REPORT_NAME
-    try:
-        lines = path.read_bytes().splitlines()
-    except OSError as error:
-        raise RspruneError(f"{path}: the report cannot be read: {error.strerror}") from error
+    records = read_records(path)
     found: dict[str, dict[Any, Record]] = {kind: {} for kind in KINDS}
-    for number, line in enumerate(lines, start=1):
-        record = _parse(line, f"{path}, line {number}")
+    for _, record in records:
         kind = record.pop("kind")
         found[kind][record[KEYS[kind]] if kind in KEYS else None] = record
     if not found["run"]:
-        raise RspruneError(f"{path}: expected a record of kind run, found none in {len(lines)}")
+        raise RspruneError(f"{path}: expected a record of kind run, found none in {len(records)}")
     tensors, layers, files = (list(found[kind].values()) for kind in KEYS)
     summary, allocation = found["summary"].get(None), found["allocation"].get(None)
     run = found["run"][None]
     return Report(run, tensors, layers, summary, Path(folder), files, allocation)
+
+
+def read_records(path: Path) -> list[tuple[bytes, Record]]:
+    """Every line of a report file with the record that it holds; raises as `load_report`."""
+    try:
+        lines = path.read_bytes().splitlines()
+    except OSError as error:
+        raise RspruneError(f"{path}: the report cannot be read: {error.strerror}") from error
+    return [(line, _parse(line, f"{path}, line {n}")) for n, line in enumerate(lines, start=1)]
 
 
 def _parse(line: bytes, where: str) -> Record:

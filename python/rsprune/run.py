@@ -1,8 +1,10 @@
 """compress(): the loop to read first.
 
 plan            headers and shapes only; all refusals happen here
+take up         a new journal, or that of a run that ended early
 embed           token windows -> hidden states that enter the first layer
-for each decoder layer:
+for each decoder layer that an earlier run has finished: replay
+for each other decoder layer:
     load        its weights, float32
     permute     channels change places, where asked for
     for each stage (all operators at once, or group after group):
@@ -17,6 +19,7 @@ finish          shard of the rest, other files, card, index; one rename
 from __future__ import annotations
 
 import dataclasses
+import math
 import time
 from pathlib import Path
 from typing import Any
@@ -35,7 +38,8 @@ from rsprune.layer_run import LayerRun
 from rsprune.memory import PeakWatch, give_freed_pages_back, keep_freed_pages, rss_anon
 from rsprune.plan import Plan, Prepared, parse_pattern, prepare
 from rsprune.progress import NullProgress, Progress
-from rsprune.report import Journal, Report, load_report
+from rsprune.report import REPORT_NAME, Journal, Report, load_report, read_records
+from rsprune.resume import check_fingerprint, fingerprint, finished, replay, rewind
 from rsprune.skeleton import load_tokenizer
 from rsprune.sources import resolve
 from rsprune.timing import Timing
@@ -48,15 +52,20 @@ def compress(
     config: Config | None = None,
     *,
     overwrite: bool = False,
+    restart: bool = False,
     progress: Progress | None = None,
 ) -> Report:
     """Prunes a checkpoint, one decoder layer in memory at a time.
+
+    A run that ended early goes on where it was when it is repeated with the same arguments, and
+    ends in the same bytes.
 
     Args:
         model: folder, hub id or GGUF file.
         out: folder of the result: an ordinary Hugging Face checkpoint.
         config: the options; see `Config`.
         overwrite: whether `out` may exist. It is replaced when the run has finished, not before.
+        restart: whether an unfinished run of this output is discarded instead of gone on with.
         progress: what is told how far the run is.
 
     Returns:
@@ -64,7 +73,8 @@ def compress(
 
     Raises:
         UsageError: refused before any work, naming what was expected and found; nothing is written.
-        RspruneError: the run cannot go on; nothing is left in `out`.
+        RspruneError: the run cannot go on; nothing is left in `out`, finished layers stay in
+            `<out>.partial`.
     """
     keep_freed_pages()
     config = config or Config()
@@ -77,12 +87,14 @@ def compress(
         run = _Run(prepare(folder, config, Path(out)), config, progress, peak)
         run.read_inputs()
         output = OutputFolder(Path(out))
-        try:
-            run.write_layers(output)
-            run.finish(output, str(model))
-        except BaseException:
-            output.discard()
-            raise
+        with output.owned():
+            try:
+                run.take_up(output, restart=restart)
+                run.write_layers(output)
+                run.finish(output, str(model))
+            except BaseException:
+                run.leave(output)
+                raise
     return load_report(Path(out))
 
 
@@ -103,8 +115,7 @@ class _Run:
         self.permutes = self.method.permute if config.permute is None else config.permute
         self.permutes &= ":" in config.pattern  # a ratio has no groups
         self.threads = config.threads or _core.default_threads()
-        self.passes = 0.0
-        self.zeros = 0
+        self.done: list[dict[str, Any]] = []
         self._windows: dict[str, Windows] = {}
         torch.set_num_threads(self.threads)
 
@@ -130,10 +141,46 @@ class _Run:
             self.split = Split(len(calibration), len(heldout))
             self.prepared.checkpoint.check_finite(self.prepared.checkpoint.tensors)
 
+    def take_up(self, output: OutputFolder, *, restart: bool) -> None:
+        """Opens the journal: a new one, or that of the unfinished run that lies there."""
+        own = fingerprint(self.prepared.checkpoint, self.windows, self.config, self.threads)
+        records: list[dict[str, Any]] = []
+        if not restart and (output.folder / REPORT_NAME).exists():
+            Journal(output.folder).close()  # cuts a torn line
+            records = [record for _, record in read_records(output.folder / REPORT_NAME)]
+        if not records:
+            output.clear()
+            self.journal = Journal(output.folder)
+            self.journal.write("run", **self._run_record(), fingerprint=own)
+            return
+        check_fingerprint(output.out, records[0].get("fingerprint", {}), own)
+        kept = rewind(output.folder, finished(output.folder, records))
+        self.done = [record for record in kept if record["kind"] != "run"]
+        self.journal = Journal(output.folder)
+        count = len(self._done("layer"))
+        self.progress.note(f"going on after {count} of {self.plan.layers} layers")
+
+    def _done(self, kind: str) -> list[dict[str, Any]]:
+        """What an earlier run has journaled of a kind."""
+        return [record for record in self.done if record["kind"] == kind]
+
+    def leave(self, output: OutputFolder) -> None:
+        """Closes a run that cannot go on; what is finished stays, for the next one."""
+        if not hasattr(self, "journal"):
+            return
+        self.journal.close()
+        records = [record for _, record in read_records(output.folder / REPORT_NAME)]
+        count = sum(record["kind"] == "layer" for record in records)
+        if count == 0:
+            output.discard()
+            return
+        self.progress.note(
+            f"{count} of {self.plan.layers} layers are finished and stay in {output.folder}; "
+            "the same command goes on from there"
+        )
+
     def write_layers(self, output: OutputFolder) -> None:
         """Embeds, then takes the decoder layers one after another."""
-        self.journal = Journal(output.folder)
-        self.journal.write("run", **self._run_record())
         with self.timing.stage("embed"):
             channels = self.prepared.skeleton.channels
             dense = self._store(output, "hidden 0", channels)
@@ -147,7 +194,10 @@ class _Run:
             own.copy_from(dense)
         self.patterns = self._patterns()
         self.progress.stage("layers", len(self.plan.operators))
-        for index in range(self.plan.layers):
+        finished_layers = self._done("layer")
+        for record in finished_layers:
+            dense, own = self._replay_layer(output, record, dense, own)
+        for index in range(len(finished_layers), self.plan.layers):
             dense, own = self._write_layer(output, index, dense, own)
 
     def _patterns(self) -> dict[str, _core.Pattern]:
@@ -155,6 +205,8 @@ class _Run:
         pattern, operators = parse_pattern(self.config), self.plan.operators
         if not self.config.allocate:
             return {operator.name: pattern for operator in operators}
+        if known := self._done("allocation"):
+            return exact_patterns(operators, known[0]["layers"], pattern.sparsity)
         with self.timing.stage("allocate"):
             self.progress.stage("allocate", self.plan.layers)
             curves = measure(self.prepared, self.windows, self.config, self.threads, self.progress)
@@ -172,9 +224,59 @@ class _Run:
         """Prunes and stores one decoder layer; returns the next layer's inputs on both paths."""
         started = time.perf_counter()
         skeleton = self.prepared.skeleton
+        job = self._job(output, index)
+        layer = LayerRun(
+            index, self.prepared, self.config, job, self.patterns, self.journal, self.progress
+        )
+        if self.permutes:
+            layer.permute(dense)
+        for group, statistics in job.groups(dense, own):
+            for linear in group.linears:
+                layer.prune(linear, statistics)
+        tuning = {"tuning": layer.tune()} if self.config.tune_block else {}
+        dense, own = job.advance()
+        passes = job.passes + layer.passes
+        skeleton.drop_layer(index)
+        give_freed_pages_back()
+        with self.timing.stage("write"):
+            names = self._names(index)
+            file = self._shard(index + 1)
+            record = output.put_shard(file, self.prepared.checkpoint, names, layer.changed)
+        elapsed = time.perf_counter() - started
+        rss = self.peak.sample()
+        moved = {"permutations": layer.permutations} if layer.permutations else {}
+        self.journal.write(
+            "layer", layer=index, passes=passes, seconds=elapsed, rss_anon=rss, **record, **tuning,
+            **moved,
+        )  # fmt: skip
+        return dense, own
+
+    def _replay_layer(
+        self, output: OutputFolder, record: dict[str, Any], dense: Windows, own: Windows
+    ) -> tuple[Windows, Windows]:
+        """Takes the windows through a layer that an earlier run has finished."""
+        index, skeleton = record["layer"], self.prepared.skeleton
+        job = self._job(output, index)
+        job.open(dense, own)
+        names = {}
+        for name, _ in skeleton.layers[index].named_parameters():
+            names[name] = skeleton.disk_name(skeleton.layer_name(index, name)) or name
+        replay(job, output.folder / record["file"], names, record)
+        output.keep_shard(record["file"], self.prepared.checkpoint, self._names(index))
+        dense, own = job.advance()
+        skeleton.drop_layer(index)
+        give_freed_pages_back()
+        for each in self._done("tensor"):
+            if each["layer"] == index:
+                self.progress.step(f"layer {index + 1}/{self.plan.layers}, finished before")
+        return dense, own
+
+    def _job(self, output: OutputFolder, index: int) -> LayerJob:
+        """A layer in memory, on its way through the windows."""
+        skeleton = self.prepared.skeleton
         with self.timing.stage("load"):
             skeleton.load_layer(index)
-        job = LayerJob(
+        return LayerJob(
             layer=skeleton.layers[index],
             structure=self.prepared.opening.structures[index],
             kwargs=self.prepared.stream.kwargs(index),
@@ -190,28 +292,6 @@ class _Run:
             correction=self.config.correction,
             tuned=self.config.tune_block,
         )
-        layer = LayerRun(
-            index, self.prepared, self.config, job, self.patterns, self.journal, self.progress
-        )
-        if self.permutes:
-            layer.permute(dense)
-        for group, statistics in job.groups(dense, own):
-            for linear in group.linears:
-                layer.prune(linear, statistics)
-        tuning = {"tuning": layer.tune()} if self.config.tune_block else {}
-        dense, own = job.advance()
-        self.passes += job.passes + layer.passes
-        self.zeros += layer.zeros
-        skeleton.drop_layer(index)
-        give_freed_pages_back()
-        with self.timing.stage("write"):
-            names = self._names(index)
-            file = self._shard(index + 1)
-            record = output.put_shard(file, self.prepared.checkpoint, names, layer.changed)
-        elapsed = time.perf_counter() - started
-        rss = self.peak.sample()
-        self.journal.write("layer", layer=index, seconds=elapsed, rss_anon=rss, **record, **tuning)
-        return dense, own
 
     def finish(self, output: OutputFolder, model: str) -> None:
         """Writes what is not a decoder layer, the card and the index, and names the folder."""
@@ -273,13 +353,16 @@ class _Run:
 
     def _summary(self, output: OutputFolder) -> dict[str, Any]:
         self.peak.sample()
+        records = [record for _, record in read_records(output.folder / REPORT_NAME)]
+        passes = [record["passes"] for record in records if record["kind"] == "layer"]
+        tensors = [record for record in records if record["kind"] == "tensor"]
         return {
             "seconds": {name: round(value, 3) for name, value in self.timing.seconds.items()},
             "peak_rss_anon": self.peak.peak,
             "import_rss_anon": self.start_rss,
             "planned_peak": self.plan.peak_bytes,
-            "passes_per_layer": round(self.passes / self.plan.layers, 3),
+            "passes_per_layer": round(sum(passes) / self.plan.layers, 3),
             "bytes_written": output.total_bytes,
             "weights": sum(o.rows * o.columns for o in self.plan.operators),
-            "zeros": self.zeros,
+            "zeros": sum(round(t["sparsity"] * math.prod(t["shape"])) for t in tensors),
         }

@@ -1,0 +1,143 @@
+"""Going on where a run ended. Its finished shards and its journal are all the state there is.
+
+    another fingerprint     refused, naming the part that differs
+    a broken shard          the layers from there on are done again
+    hidden states           the finished layers run forward once more: the same bits, no solving
+
+What a run may be killed in the middle of is either renamed into place or not there; a layer counts
+as finished once its journal line stands and its shard has the checksum that the line names.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from torch import Tensor, nn
+
+from rsprune import _core
+from rsprune.calibrate import LayerJob
+from rsprune.checkpoint import TORCH_DTYPES, Checkpoint, sha256
+from rsprune.config import Config
+from rsprune.errors import UsageError
+from rsprune.permute import Coupling
+from rsprune.report import REPORT_NAME, Record, read_records
+
+FREE = ("memory",)
+"""Options that change no bit of the result."""
+
+
+def fingerprint(
+    checkpoint: Checkpoint, windows: Tensor, config: Config, threads: int
+) -> dict[str, Any]:
+    """What must agree for two runs to give the same bytes, by the part that an error names."""
+    options = {k: v for k, v in config.model_dump(mode="json").items() if k not in FREE}
+    return {
+        "rsprune": _core.__version__,
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+        "instruction set": _core.kernel_name(),
+        "threads": threads,
+        "calibration tokens": hashlib.sha256(windows.numpy().tobytes()).hexdigest(),
+        "options": options,
+        "model files": {name: _header(checkpoint.folder / name) for name in checkpoint.files},
+    }
+
+
+def _header(path: Path) -> list[Any]:
+    """Size of a shard and the hash of its header."""
+    with path.open("rb") as file:
+        length = file.read(8)
+        header = file.read(int.from_bytes(length, "little"))
+    return [path.stat().st_size, hashlib.sha256(length + header).hexdigest()]
+
+
+def check_fingerprint(out: Path, recorded: Mapping[str, Any], current: Mapping[str, Any]) -> None:
+    """Refuses to mix two runs.
+
+    Raises:
+        UsageError: naming the first part that differs, what stands there and what was asked for.
+    """
+    for part, now in current.items():
+        then = recorded.get(part)
+        if then == _plain(now):
+            continue
+        if isinstance(then, dict) and isinstance(now, dict):
+            name = next(key for key in {**now, **then} if then.get(key) != _plain(now.get(key)))
+            part, then, now = f"{part}: {name}", then.get(name), now.get(name)
+        raise UsageError(
+            f"output {out}: an unfinished run lies beside it whose {part} differs: expected "
+            f"{then!r}, found {now!r}; repeat that run to finish it, or pass --restart"
+        )
+
+
+def _plain(value: Any) -> Any:
+    """`value` as it comes back from a journal."""
+    return json.loads(json.dumps(value))
+
+
+def finished(folder: Path, records: list[Record]) -> int:
+    """How many layers, from the first on, are finished and whole on disk."""
+    layers = {r["layer"]: r for r in records if r["kind"] == "layer"}
+    count = 0
+    while (record := layers.get(count)) is not None:
+        path = folder / record["file"]
+        if not path.is_file() or path.stat().st_size != record["bytes"]:
+            break
+        if sha256(path) != record["sha256"]:
+            break
+        count += 1
+    return count
+
+
+def rewind(folder: Path, layers: int) -> list[Record]:
+    """Cuts the journal back to what the first `layers` layers wrote; returns it.
+
+    A run that goes on then writes the lines that an undisturbed one would have written.
+    """
+    path = folder / REPORT_NAME
+    kept = [
+        (line, record)
+        for line, record in read_records(path)
+        if record["kind"] in ("run", "allocation") or record.get("layer", layers) < layers
+    ]
+    _core.write_file(path, b"".join(line + b"\n" for line, _ in kept))
+    return [record for _, record in kept]
+
+
+def replay(job: LayerJob, shard: Path, names: Mapping[str, str], record: Record) -> None:
+    """Runs a finished layer over all windows again, as it was run when it was pruned.
+
+    Args:
+        job: the layer's way through the windows, its dense weights in memory.
+        shard: what the layer was stored as.
+        names: parameter name in the layer -> on-disk name.
+        record: the layer's line in the journal.
+    """
+    reorder(job.layer, record.get("permutations", ()))
+    stored = _core.Shard(shard)
+    dtypes = {name: dtype for name, dtype, *_ in stored.tensors()}
+
+    def value(name: str) -> Tensor:
+        on_disk = names[name]
+        raw = torch.from_numpy(stored.read(on_disk)).view(TORCH_DTYPES[dtypes[on_disk]])
+        return raw.reshape(job.layer.get_parameter(name).shape)
+
+    job.replay({name: value(name) for name, _ in job.layer.named_parameters()})
+
+
+def reorder(layer: nn.Module, permutations: Any) -> None:
+    """Moves the channels of a dense layer as a run has moved them."""
+    for each in permutations:
+        coupling = Coupling(
+            tuple(each["producers"]), each["consumer"], each["segment"], each["repeats"]
+        )
+        order = torch.tensor(each["order"])
+        for name in coupling.parameters(layer):
+            value = layer.get_parameter(name)
+            value.copy_(coupling.permute(name, value, order))
