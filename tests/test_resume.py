@@ -5,6 +5,8 @@ import os
 import random
 import shutil
 import signal
+import subprocess
+import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -271,3 +273,34 @@ def test_kill_at_random_instants(
     compress(tiny_llama, out, config)
     assert contents(out) == expected
     assert verify(out) == []
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("sent", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+def test_a_signal_leaves_a_resumable_state_within_two_seconds(
+    sent: signal.Signals, code: int, tiny_llama: Path, documents: Path, tmp_path: Path
+) -> None:
+    """Long tuning holds the run in its second layer until the signal comes."""
+    recipe, out = tmp_path / "recipe.yaml", tmp_path / "out"
+    config = config_of("tuned", documents, tune_steps=2000, tune_rate=1e-9)
+    recipe.write_text(config.to_recipe())
+    command = ["compress", str(tiny_llama), str(out), "--recipe", str(recipe)]
+    process = subprocess.Popen(
+        [sys.executable, "-m", "rsprune", *command], stderr=subprocess.PIPE, text=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
+    )  # fmt: skip
+    shards = out.with_name("out.partial")
+    deadline = time.perf_counter() + 120
+    while not list(shards.glob("*.safetensors")):
+        assert process.poll() is None, process.stderr
+        assert time.perf_counter() < deadline
+        time.sleep(0.05)
+    process.send_signal(sent)
+    sent_at = time.perf_counter()
+    _, errors = process.communicate(timeout=60)
+    assert time.perf_counter() - sent_at < 2
+    assert process.returncode == code
+    assert "of 3 layers are finished" in errors
+    assert "the same command goes on from there" in errors
+    assert not out.exists()
+    assert not (shards / ".lock").exists()

@@ -1,7 +1,7 @@
 """The commands. What is heavy is imported where it is used: `--help` must not wait for torch.
 
 Exit codes: 0 fine; 1 `verify` found problems, or an internal error; 2 refused (an option, a file,
-a model); 3 kept free for a plan that does not fit in memory; 130 Ctrl-C.
+a model); 3 kept free for a plan that does not fit in memory; 130 Ctrl-C; 143 SIGTERM.
 """
 
 from __future__ import annotations
@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import json as json_module
 import os
+import signal
 import sys
 import traceback
 from collections.abc import Iterator
@@ -203,6 +204,7 @@ def verify(out: Folder, *, json: Json = False) -> None:
 
 def main() -> NoReturn:
     """Runs the command line and ends the process with its exit code."""
+    signal.signal(signal.SIGTERM, _terminated)
     try:
         code = app(sys.argv[1:] or ["--help"], standalone_mode=False)
     except typer.Abort:
@@ -214,6 +216,11 @@ def main() -> NoReturn:
     except Exception as error:
         code = _report_error(error)
     sys.exit(code if isinstance(code, int) else 0)
+
+
+def _terminated(*_: object) -> NoReturn:
+    """SIGTERM leaves as Ctrl-C does: whatever runs closes its files on the way out."""
+    raise SystemExit(143)
 
 
 def _report_error(error: Exception) -> int:
