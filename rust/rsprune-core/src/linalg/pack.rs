@@ -45,7 +45,9 @@ impl PackedB {
     pub fn new(kernel: &Kernel, b: &[f32], k: usize, n: usize, stride: usize) -> PackedB {
         let nr = kernel.nr;
         let mut data = Aligned::zeros(n.div_ceil(nr) * nr * k);
-        for (j, panel) in data.as_mut().chunks_exact_mut((nr * k).max(1)).enumerate() {
+        // Room comes in whole cache lines: there may be more of it than panels.
+        let panels = data.as_mut().chunks_exact_mut((nr * k).max(1)).take(n.div_ceil(nr));
+        for (j, panel) in panels.enumerate() {
             let (c0, c1) = (j * nr, ((j + 1) * nr).min(n));
             for (p, row) in panel.chunks_exact_mut(nr).enumerate() {
                 row[..c1 - c0].copy_from_slice(&b[p * stride + c0..p * stride + c1]);
@@ -110,5 +112,22 @@ impl Scratch {
             }
         }
         &self.a
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_single_narrow_row_has_no_panel_beyond_its_end() {
+        for kernel in Kernel::available() {
+            for n in 1..=3 * kernel.nr {
+                let row: Vec<f32> = (0..n).map(|j| j as f32 + 1.0).collect();
+                let packed = PackedB::new(&kernel, &row, 1, n, n);
+                let last = packed.panel((n - 1) / kernel.nr, 0, 1);
+                assert_eq!(last[(n - 1) % kernel.nr], n as f32, "{}", kernel.name);
+            }
+        }
     }
 }
