@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
 import time
@@ -143,6 +144,18 @@ def test_every_option_arrives(monkeypatch: pytest.MonkeyPatch, compressed: dict[
     assert (config.damping, config.xi, config.heldout) == (0.5, 0.2, 0.25)
     assert config.trust_remote_code is True
     assert compressed["overwrite"] is True
+
+
+def test_a_plan_that_does_not_fit_says_what_would(
+    monkeypatch: pytest.MonkeyPatch, tiny_llama: Path, capsys: pytest.CaptureFixture[str]
+):
+    size = ["--samples", "4", "--seq-len", "32"]
+    assert run(["plan", str(tiny_llama), *size, "--memory", "1MiB"], monkeypatch) == 3
+    message = capsys.readouterr().err
+    assert "memory 1 MiB: too small" in message
+    smallest = int(re.search(r"which needs (\d+) MiB", message)[1])
+    enough = ["--memory", f"{smallest + 64}MiB"]  # this process grows a little as it plans
+    assert run(["plan", str(tiny_llama), *size, *enough], monkeypatch) == 0
 
 
 def test_explicit_options_win_over_the_recipe(

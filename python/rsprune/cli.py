@@ -1,7 +1,7 @@
 """The commands. What is heavy is imported where it is used: `--help` must not wait for torch.
 
 Exit codes: 0 fine; 1 `verify` found problems, or an internal error; 2 refused (an option, a file,
-a model); 3 kept free for a plan that does not fit in memory; 130 Ctrl-C; 143 SIGTERM.
+a model); 3 `plan` found that it does not fit in memory; 130 Ctrl-C; 143 SIGTERM.
 """
 
 from __future__ import annotations
@@ -89,8 +89,14 @@ def demo(
 @app.command()
 @takes_options
 def plan(model: Model, *, json: Json = False, **options: Any) -> None:
-    """Say what `compress` would do and need."""
-    _plan(model, None, config_of(options), json)
+    """Say what `compress` would do and need; exit code 3 where it does not fit in memory."""
+    from rsprune.errors import DoesNotFitError
+
+    try:
+        _plan(model, None, config_of(options), json)
+    except DoesNotFitError as error:
+        print(f"error: {error}", file=sys.stderr)
+        raise typer.Exit(3) from None
 
 
 @app.command()

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-__all__ = ["RspruneError", "UsageError"]
+__all__ = ["DoesNotFitError", "RspruneError", "UsageError"]
 
 
 class RspruneError(ValueError):
@@ -11,3 +11,12 @@ class RspruneError(ValueError):
 
 class UsageError(RspruneError):
     """An option or input is wrong, seen before any work was done; the CLI exits with status 2."""
+
+
+class DoesNotFitError(UsageError):
+    """A plan needs more memory than it may have; `rsprune plan` exits with status 3."""
+
+    def __init__(self, message: str, smallest: int) -> None:
+        super().__init__(message)
+        self.smallest = smallest
+        """The least bound in bytes that would do."""

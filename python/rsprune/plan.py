@@ -6,6 +6,7 @@ Everything that can be refused is refused here: pattern, dtype, disk, memory, ou
 from __future__ import annotations
 
 import fnmatch
+import math
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -17,7 +18,7 @@ from rsprune.blocks import Group
 from rsprune.checkpoint import FLOATS, Checkpoint, TensorInfo, free_bytes
 from rsprune.config import Config
 from rsprune.data import split_heldout
-from rsprune.errors import UsageError
+from rsprune.errors import DoesNotFitError, UsageError
 from rsprune.memory import KEPT_BYTES, memory_limit, rss_anon
 from rsprune.methods.base import Inputs
 from rsprune.skeleton import Skeleton
@@ -246,9 +247,10 @@ def _fit(memory: dict[str, int], limit: int) -> tuple[int, bool]:
     spilled = total - memory["hidden states"]
     if spilled > limit:
         parts = ", ".join(f"{name} {size / 2**20:.0f} MiB" for name, size in memory.items())
-        raise UsageError(
+        raise DoesNotFitError(
             f"memory {limit / 2**20:.0f} MiB: too small for this plan, which needs "
-            f"{spilled / 2**20:.0f} MiB with hidden states in a file ({parts})"
+            f"{math.ceil(spilled / 2**20)} MiB with hidden states in a file ({parts})",
+            smallest=spilled,
         )
     return spilled, True
 
