@@ -236,18 +236,28 @@ def test_debug_shows_where(monkeypatch: pytest.MonkeyPatch, capsys: pytest.Captu
 
 
 def test_a_dry_run_plans_for_its_output(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    tiny_llama: Path,
+    documents: Path,
+    tmp_path: Path,
 ):
-    from dataclasses import make_dataclass
-
-    made = make_dataclass("Plan", ["model", "peak_bytes"])(Path("m"), 12)
-    calls = []
-    fake(monkeypatch, "rsprune.plan", make_plan=lambda *given: calls.append(given) or made)
-    assert run(["compress", "m", "o", "--dry-run", "--json", "--seed", "4"], monkeypatch) == 0
-    assert run(["plan", "m", "--json"], monkeypatch) == 0
-    assert calls == [("m", Config(seed=4), Path("o")), ("m", Config(), None)]
-    first = json.loads(capsys.readouterr().out.splitlines()[0])
-    assert first == {"event": "result", "plan": {"model": "m", "peak_bytes": 12}}
+    size = ["--samples", "4", "--seq-len", "32", "--calibration", str(documents)]
+    out = tmp_path / "out"
+    command = ["compress", str(tiny_llama), str(out), "--dry-run", "--json", "--tune-block"]
+    assert run([*command, *size], monkeypatch) == 0
+    result = json.loads(capsys.readouterr().out.splitlines()[0])
+    assert result["plan"]["model"] == str(tiny_llama)
+    assert [stage["name"] for stage in result["stages"]] == [
+        "read and check", "calibrate", "solve", "tune, at most", "propagate", "write",
+    ]  # fmt: skip
+    assert all(stage["seconds"] >= 0 for stage in result["stages"])
+    assert result["stages"][-1]["writes"] == result["plan"]["output_bytes"] > 0
+    assert list(tmp_path.iterdir()) == []
+    assert run(["plan", str(tiny_llama), *size], monkeypatch) == 0
+    shown = capsys.readouterr().out
+    assert "together" in shown
+    assert "memory, at the peak" in shown
 
 
 def test_inspect_and_verify_of_a_plain_folder(

@@ -137,15 +137,18 @@ def compress(
 
 
 def _plan(model: str, out: Path | None, config: Config, json: bool) -> None:
-    from rsprune.plan import make_plan
+    from rsprune.estimate import estimate, total
+    from rsprune.plan import prepare
+    from rsprune.sources import resolve
 
-    made = make_plan(model, config, out)
+    made, stages = estimate(prepare(resolve(model), config, out), config)
     if json:
-        _emit(plan=asdict(made))
+        _emit(plan=asdict(made), stages=[asdict(stage) for stage in stages])
         return
-    from rsprune.tables import plan_table
+    from rsprune.tables import plan_table, stage_table
 
     _show(plan_table(made))
+    _show(stage_table([*stages, total(stages)]))
 
 
 @app.command(name="eval")

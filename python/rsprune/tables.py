@@ -14,6 +14,7 @@ from rsprune.progress import duration
 from rsprune.report import Report, by_kind, kind_of
 
 if TYPE_CHECKING:
+    from rsprune.estimate import Stage
     from rsprune.inspect import TensorFacts, Totals
     from rsprune.plan import Operator, Plan
 
@@ -24,6 +25,7 @@ __all__ = [
     "pairs_table",
     "plan_table",
     "size",
+    "stage_table",
     "summary_table",
 ]
 
@@ -124,6 +126,15 @@ def plan_table(plan: Plan) -> RenderableType:
     memory.append(("memory, the limit", size(plan.memory_limit)))
     warnings = [Text(f"warning: {line}", style="yellow") for line in plan.warnings]
     return Group(pairs_table(facts), _operators(plan.operators), pairs_table(memory), *warnings)
+
+
+def stage_table(stages: Sequence[Stage]) -> RenderableType:
+    """What every stage takes, by estimate; the last row is all of them together."""
+    table = new_table("stage", "reads", "writes", "about")
+    for stage in stages:
+        about = duration(stage.seconds)
+        table.add_row(_name(stage.name), size(stage.reads), size(stage.writes), about)
+    return table
 
 
 def _operators(operators: Iterable[Operator]) -> Table:

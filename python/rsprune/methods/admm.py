@@ -26,6 +26,10 @@ class Admm:
     permute = False
     workspace = (12, 6)
 
+    def products(self, config: Config) -> float:
+        """See `Method.products`."""
+        return 260.0 if config.rho_schedule == "slow" else 100.0
+
     def solve(
         self, operator: Operator, config: Config, *, model_type: str, threads: int | None
     ) -> Pruned:

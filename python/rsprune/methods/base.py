@@ -65,6 +65,10 @@ class Method(Protocol):
     workspace: tuple[int, int]
     """float32 arrays of the weight's size, and of the Gram's, that the solver holds at its peak."""
 
+    def products(self, config: Config) -> float:
+        """About how many products with its Gram an operator takes, measures included."""
+        ...
+
     def solve(
         self, operator: Operator, config: Config, *, model_type: str, threads: int | None
     ) -> Pruned:

@@ -23,6 +23,10 @@ class Best:
     permute = True
     workspace = (14, 6)
 
+    def products(self, config: Config) -> float:
+        """See `Method.products`."""
+        return min(float(config.budget), 1116.0) + 10
+
     def solve(
         self, operator: Operator, config: Config, *, model_type: str, threads: int | None
     ) -> Pruned:

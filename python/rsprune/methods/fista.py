@@ -29,6 +29,10 @@ class Fista:
     permute = False
     workspace = (8, 4)
 
+    def products(self, config: Config) -> float:
+        """See `Method.products`."""
+        return 16.0 * config.iterations + 35
+
     def solve(
         self, operator: Operator, config: Config, *, model_type: str, threads: int | None
     ) -> Pruned:

@@ -29,6 +29,10 @@ class FistaPlus:
     permute = False
     workspace = (12, 6)
 
+    def products(self, config: Config) -> float:
+        """See `Method.products`."""
+        return 28.0 * config.iterations + 200
+
     def solve(
         self, operator: Operator, config: Config, *, model_type: str, threads: int | None
     ) -> Pruned:

@@ -19,6 +19,10 @@ class SparseGPT:
     permute = False
     workspace = (6, 5)
 
+    def products(self, config: Config) -> float:
+        """See `Method.products`."""
+        return 6.0
+
     def solve(
         self, operator: Operator, config: Config, *, model_type: str, threads: int | None
     ) -> Pruned:

@@ -19,6 +19,10 @@ class Wanda:
     permute = False
     workspace = (5, 4)
 
+    def products(self, config: Config) -> float:
+        """See `Method.products`."""
+        return 3.0
+
     def solve(
         self, operator: Operator, config: Config, *, model_type: str, threads: int | None
     ) -> Pruned:
