@@ -142,12 +142,17 @@ def test_an_older_output_survives_a_rename_that_fails(tmp_path: Path, monkeypatc
     assert contents(tmp_path) == {"out/old.txt": b"old"}
 
 
-def test_discard_and_a_second_start_leave_nothing_of_the_first(tmp_path: Path):
-    output = OutputFolder(tmp_path / "out")
-    output.write_text("a.txt", "a")
-    (output.scratch / "spill").write_text("hidden states")
+def test_what_an_earlier_run_left_stays_until_it_is_cleared(tmp_path: Path):
+    first = OutputFolder(tmp_path / "out")
+    with first.owned():
+        first.write_text("a.txt", "a")
+        (first.scratch / "spill").write_text("hidden states")
+    assert contents(first.folder) == {"a.txt": b"a"}  # what was spilled is of no use to anyone
     again = OutputFolder(tmp_path / "out")
-    assert contents(again.folder) == {}
+    with again.owned():
+        assert contents(again.folder).keys() == {"a.txt", ".lock"}
+        again.clear()
+        assert contents(again.folder).keys() == {".lock"}
     again.discard()
     assert list(tmp_path.iterdir()) == []
 
