@@ -145,14 +145,19 @@ def test_an_older_output_survives_a_rename_that_fails(tmp_path: Path, monkeypatc
 def test_what_an_earlier_run_left_stays_until_it_is_cleared(tmp_path: Path):
     first = OutputFolder(tmp_path / "out")
     with first.owned():
-        first.write_text("a.txt", "a")
+        first.write_text("rsprune-report.jsonl", "a")
         (first.scratch / "spill").write_text("hidden states")
-    assert contents(first.folder) == {"a.txt": b"a"}  # what was spilled is of no use to anyone
+    assert contents(first.folder) == {
+        "rsprune-report.jsonl": b"a"
+    }  # what was spilled is of no use to anyone
     again = OutputFolder(tmp_path / "out")
     with again.owned():
-        assert contents(again.folder).keys() == {"a.txt", ".lock"}
+        assert contents(again.folder).keys() == {"rsprune-report.jsonl"}
         again.clear()
-        assert contents(again.folder).keys() == {".lock"}
+        assert contents(again.folder) == {}
+        again.write_text("thesis.txt", "not ours")
+        with pytest.raises(UsageError, match=r"holds files but no rsprune-report\.jsonl"):
+            again.clear()
     again.discard()
     assert list(tmp_path.iterdir()) == []
 

@@ -160,6 +160,20 @@ def test_another_model_is_not_mixed_in(
         compress(tiny("llama", shards=3), out, config)
 
 
+def test_other_weights_behind_the_same_headers_are_not_mixed_in(
+    tiny_llama: Path, documents: Path, tmp_path: Path
+) -> None:
+    model, config, out = tmp_path / "model", config_of("wanda", documents), tmp_path / "out"
+    shutil.copytree(tiny_llama, model)
+    stopped(model, out, config)
+    shard = model / "model.safetensors"
+    content = bytearray(shard.read_bytes())
+    content[-8] ^= 1  # the last bits of a weight
+    shard.write_bytes(content)
+    with pytest.raises(UsageError, match=r"whose model files: model.safetensors differs"):
+        compress(model, out, config)
+
+
 def test_the_memory_bound_may_change(
     tiny_llama: Path,
     documents: Path,
@@ -303,4 +317,4 @@ def test_a_signal_leaves_a_resumable_state_within_two_seconds(
     assert "of 3 layers are finished" in errors
     assert "the same command goes on from there" in errors
     assert not out.exists()
-    assert not (shards / ".lock").exists()
+    assert not out.with_name("out.lock").exists()

@@ -106,3 +106,18 @@ def test_groups_cannot_be_allocated(tiny_llama: Path, tmp_path: Path) -> None:
     with pytest.raises(UsageError, match=r"option allocate: expected a ratio .* found 2:4"):
         compress(tiny_llama, tmp_path / "out", Config(pattern="2:4", allocate=True, **OPTIONS))
     assert not (tmp_path / "out").exists()
+
+
+def test_layers_without_operators_take_no_part_in_the_budget(
+    tiny_llama: Path, documents: Path, tmp_path: Path
+) -> None:
+    options = {"method": "wanda", "pattern": "70%", "allocate": True, **OPTIONS}
+    out = run(tiny_llama, tmp_path / "out", documents, ignore=["*layers.0.*"], **options)
+    report = load_report(out)
+    assert report.allocation is not None
+    assert report.summary is not None
+    assert report.allocation["curves"][0] is None
+    assert report.summary["zeros"] == round(0.7 * report.summary["weights"])
+    assert verify(out) == []
+    with pytest.raises(UsageError, match="option scope: expected matrix beside allocate"):
+        run(tiny_llama, tmp_path / "rows", documents, scope="row", **options)

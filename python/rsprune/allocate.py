@@ -67,14 +67,18 @@ class Curve:
         return min(max(free, low), high)
 
 
-def allocate(curves: Sequence[Curve], sparsity: float) -> list[float]:
+def allocate(layers: Sequence[Curve | None], sparsity: float) -> list[float]:
     """The sparsity of every layer, by bisection of the multiplier.
 
     Args:
-        curves: one per layer.
-        sparsity: what all layers together must have.
+        layers: one curve per layer; None where nothing is pruned.
+        sparsity: what all curves together must have.
+
+    Returns:
+        One sparsity per layer; zero where nothing is pruned.
     """
     low, high = max(sparsity - RANGE, 0.0), min(sparsity + RANGE, 0.99)
+    curves = [curve for curve in layers if curve is not None]
     total = sum(curve.weights for curve in curves)
 
     def reached(log_mu: float) -> float:
@@ -84,7 +88,7 @@ def allocate(curves: Sequence[Curve], sparsity: float) -> list[float]:
     for _ in range(100):
         middle = (left + right) / 2
         left, right = (middle, right) if reached(middle) < sparsity else (left, middle)
-    return [curve.sparsity(right, low, high) for curve in curves]
+    return [0.0 if curve is None else curve.sparsity(right, low, high) for curve in layers]
 
 
 def exact_patterns(
@@ -108,7 +112,7 @@ def exact_patterns(
 
 def measure(
     prepared: Prepared, windows: Tensor, config: Config, threads: int, progress: Progress
-) -> list[Curve]:
+) -> list[Curve | None]:
     """Error curves of all decoder layers, one in memory at a time.
 
     Args:
@@ -127,7 +131,8 @@ def measure(
     }
     for window, hidden in enumerate(stream.embed(chosen)):
         stores["now"].put(window, hidden)
-    curves, target = [], parse_pattern(config).sparsity
+    target = parse_pattern(config).sparsity
+    curves: list[Curve | None] = []
     for index in range(len(skeleton.layers)):
         skeleton.load_layer(index)
         job = LayerJob(
@@ -142,15 +147,18 @@ def measure(
             where=f"layer {index}",
             timing=Timing(),
         )
-        curves.append(_curve(prepared, index, job, stores["now"], target))
-        progress.step(f"layer {index + 1}", curves[-1].error(target))
+        curve = _curve(prepared, index, job, stores["now"], target)
+        curves.append(curve)
+        progress.step(f"layer {index + 1}", None if curve is None else curve.error(target))
         job.advance()
         skeleton.drop_layer(index)
         stores["now"], stores["next"] = stores["next"], stores["now"]
     return curves
 
 
-def _curve(prepared: Prepared, index: int, job: LayerJob, hidden: Windows, target: float) -> Curve:
+def _curve(
+    prepared: Prepared, index: int, job: LayerJob, hidden: Windows, target: float
+) -> Curve | None:
     operators = {o.linear: o for o in prepared.plan.operators if o.layer == index}
     grid = [min(max(target + d, 0.0), 0.98) for d in (-RANGE, 0.0, RANGE)]
     solved: list[dict[str, Tensor]] = [{} for _ in grid]
@@ -161,7 +169,9 @@ def _curve(prepared: Prepared, index: int, job: LayerJob, hidden: Windows, targe
                     task = _task(prepared, operators[linear], sums.calibration, sparsity)
                     stored, _ = _core.sparsegpt(task, damping=DAMPING, threads=job.threads)
                     dtype = TORCH_DTYPES[task.dtype]
-                    values[f"{linear}.weight"] = torch.from_numpy(stored).view(dtype).float()
+                    values[f"{linear}.weight"] = _widened(stored, dtype, job)
+    if not operators:
+        return None
     judged = range(job.split.calibration, job.split.count) or range(job.split.count)
     points = []
     for sparsity, values in zip(grid, solved, strict=True):
@@ -169,6 +179,11 @@ def _curve(prepared: Prepared, index: int, job: LayerJob, hidden: Windows, targe
         errors = [relative_error(layer, job.kwargs, hidden, job.outputs, w) for w in judged]
         points.append((sparsity, float(sum(errors)) / len(errors)))
     return Curve.fit(points, sum(o.rows * o.columns for o in operators.values()))
+
+
+def _widened(stored: Any, dtype: torch.dtype, job: LayerJob) -> Tensor:
+    device = next(job.layer.parameters()).device
+    return torch.from_numpy(stored).view(dtype).to(device, torch.float32)
 
 
 def _task(prepared: Prepared, operator: Operator, sums: Any, sparsity: float) -> Task:

@@ -129,9 +129,10 @@ class OutputFolder:
     What an earlier run left there stays until `clear`.
     """
 
-    def __init__(self, out: Path) -> None:
+    def __init__(self, out: Path, *, overwrite: bool = True) -> None:
         self.out = Path(os.path.abspath(out))
         self.folder = _partial(self.out)
+        self.overwrite = overwrite
         self._files: dict[str, str] = {}
         self.total_bytes = 0
         self.total_parameters = 0
@@ -145,32 +146,48 @@ class OutputFolder:
         Raises:
             UsageError: naming the process that writes here.
         """
-        path = self.folder / ".lock"
+        path = self.out.with_name(self.out.name + ".lock")
         with path.open("a+") as lock:
+
+            def is_ours() -> bool:  # and not one that was made since another run removed it
+                return path.exists() and os.path.samestat(path.stat(), os.fstat(lock.fileno()))
+
             try:
                 fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                os.stat(path)
-            except OSError:  # held, or gone with the run that held it a moment ago
+                taken = not is_ours()
+            except BlockingIOError:
+                taken = True
+            if taken:
                 lock.seek(0)
-                raise UsageError(
-                    f"output {self.out}: another run is writing it ({lock.read().strip()})"
-                ) from None
+                owner = lock.read().strip()
+                raise UsageError(f"output {self.out}: another run is writing it ({owner})")
             lock.truncate(0)
             lock.write(f"process {os.getpid()} on {socket.gethostname()}\n")
             lock.flush()
+            self.folder.mkdir(parents=True, exist_ok=True)
             shutil.rmtree(self.scratch, ignore_errors=True)
             self.scratch.mkdir()
             try:
                 yield
             finally:
                 shutil.rmtree(self.scratch, ignore_errors=True)
-                path.unlink(missing_ok=True)
+                if is_ours():
+                    path.unlink()
 
     def clear(self) -> None:
-        """Removes what an earlier run left."""
-        for path in self.folder.iterdir():
-            if path.name in (".lock", ".scratch"):
-                continue
+        """Removes what an earlier run left.
+
+        Raises:
+            UsageError: there are files that no run of ours has written.
+        """
+        found = [path for path in self.folder.iterdir() if path != self.scratch]
+        ours = any(path.name == "rsprune-report.jsonl" for path in found)
+        if not ours and any(path.suffix != ".tmp" for path in found):
+            raise UsageError(
+                f"output {self.out}: is built in {self.folder}, which holds files but no "
+                "rsprune-report.jsonl; remove it yourself or name another output"
+            )
+        for path in found:
             shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
 
     def keep_shard(self, file: str, source: Checkpoint, names: list[str]) -> None:
@@ -226,7 +243,8 @@ class OutputFolder:
     def commit(self) -> None:
         """Gives the folder its name; an older output of that name goes only now."""
         shutil.rmtree(self.scratch, ignore_errors=True)
-        (self.folder / ".lock").unlink(missing_ok=True)
+        if self.out.exists() and not self.overwrite:
+            raise UsageError(f"output {self.out}: has appeared since this run began; move it away")
         if not self.out.exists():
             os.rename(self.folder, self.out)
             return
@@ -272,6 +290,12 @@ def check_output(out: Path, *sources: Path, overwrite: bool) -> None:
 def _partial(out: Path) -> Path:
     """Where the output is built."""
     return out.with_name(out.name + ".partial")
+
+
+def finished_bytes(out: Path) -> int:
+    """What an unfinished run of `out` has on disk already."""
+    shards = _partial(Path(os.path.abspath(out))).glob("*.safetensors")
+    return sum(path.stat().st_size for path in shards)
 
 
 def as_stored(value: torch.Tensor, dtype: torch.dtype) -> NDArray[Any]:

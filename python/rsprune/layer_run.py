@@ -23,7 +23,7 @@ from rsprune.errors import RspruneError
 from rsprune.layer_path import LayerPath
 from rsprune.permute import WINDOWS as PERMUTE_WINDOWS
 from rsprune.permute import Coupling, consumer_sums, find_couplings
-from rsprune.plan import Operator, Prepared
+from rsprune.plan import Operator, Prepared, is_ignored
 from rsprune.progress import Progress
 from rsprune.report import Journal
 from rsprune.resume import reorder
@@ -69,7 +69,9 @@ class LayerRun:
         with job.timing.stage("permute"):
             sample = hidden.get(0, self.prepared.skeleton.device)
             found = find_couplings(layer, job.structure, job.kwargs, sample)
-            couplings = [c for c in found if c.consumer in self.operators]
+            group = int(self.config.pattern.partition(":")[2])
+            fits = [c for c in found if c.segment % group == 0]  # groups must not straddle heads
+            couplings = [c for c in fits if c.consumer in self.operators]
             path = LayerPath(layer, job.structure, job.kwargs, hidden, None, None)
             count = min(PERMUTE_WINDOWS, job.split.calibration)
             sums = consumer_sums(path, couplings, count, job.threads)
@@ -113,7 +115,7 @@ class LayerRun:
             dtype=operator.dtype,
             method=method.name,
             pattern=str(self.patterns[operator.name]),
-            scope=self.config.scope or method.scope,
+            scope="matrix" if self.config.allocate else self.config.scope or method.scope,
             seconds=time.perf_counter() - started,
             **certificate,
         )
@@ -136,7 +138,10 @@ class LayerRun:
         disk_names, dtypes = {}, {}
         for name, parameter in self.job.layer.named_parameters():
             on_disk = self._disk_name(name)
-            if name.removesuffix(".weight") in self.operators or parameter.dim() == 1:
+            kept = is_ignored(on_disk, self.config.ignore)
+            if name.removesuffix(".weight") in self.operators or (
+                parameter.dim() == 1 and not kept
+            ):
                 disk_names[name] = on_disk
                 dtypes[name] = TORCH_DTYPES[tensors[on_disk].dtype]
         tuned = self.job.tune(dtypes, self.config)

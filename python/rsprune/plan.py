@@ -15,7 +15,7 @@ import torch
 
 from rsprune import _core, methods
 from rsprune.blocks import Group
-from rsprune.checkpoint import FLOATS, Checkpoint, TensorInfo, free_bytes
+from rsprune.checkpoint import FLOATS, Checkpoint, TensorInfo, finished_bytes, free_bytes
 from rsprune.config import Config
 from rsprune.data import split_heldout
 from rsprune.errors import DoesNotFitError, UsageError
@@ -133,6 +133,8 @@ def parse_pattern(config: Config) -> _core.Pattern:
             raise UsageError(
                 f"option allocate: expected a ratio such as 70%, found {config.pattern}"
             )
+        if config.scope == "row":
+            raise UsageError("option scope: expected matrix beside allocate, found row")
         scope = "matrix"  # zeros of a row could not add up to the exact ratio
     try:
         return _core.Pattern(config.pattern, scope)
@@ -256,7 +258,7 @@ def _fit(memory: dict[str, int], limit: int) -> tuple[int, bool]:
 
 
 def _check_disk(plan: Plan, out: Path | None, spill: int) -> None:
-    needed = plan.output_bytes + spill
+    needed = plan.output_bytes + spill - (finished_bytes(out) if out is not None else 0)
     if out is not None and needed > plan.disk_free:
         raise UsageError(
             f"output {out}: needs {needed} bytes on disk, found {plan.disk_free} bytes free"

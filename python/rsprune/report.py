@@ -1,7 +1,7 @@
 """`rsprune-report.jsonl`: what a run did, one JSON object a line, written as the run goes.
 
-Each line has a `kind`: run, allocation, tensor, layer, file or summary. A run that was resumed may
-repeat a line; the last one counts. A report without its summary belongs to an unfinished run.
+Each line has a `kind`: run, allocation, tensor, layer, file or summary. Of repeated lines the last
+one counts. A report without its summary belongs to an unfinished run.
 """
 
 from __future__ import annotations

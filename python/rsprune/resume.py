@@ -28,14 +28,18 @@ from rsprune.errors import UsageError
 from rsprune.permute import Coupling
 from rsprune.report import REPORT_NAME, Record, read_records
 
-FREE = ("memory",)
-"""Options that change no bit of the result."""
+FREE = ("memory", "threads", "device")
+"""Options that change no bit of the result, or whose effect is a part of its own."""
 
 
 def fingerprint(
-    checkpoint: Checkpoint, windows: Tensor, config: Config, threads: int
+    checkpoint: Checkpoint, windows: Tensor, config: Config, threads: int, device: str
 ) -> dict[str, Any]:
-    """What must agree for two runs to give the same bytes, by the part that an error names."""
+    """What must agree for two runs to give the same bytes, by the part that an error names.
+
+    Shards are hashed as a whole: a fine-tuned model in the same folder has the same headers.
+    """
+    files = ["config.json", *checkpoint.files]
     options = {k: v for k, v in config.model_dump(mode="json").items() if k not in FREE}
     return {
         "rsprune": _core.__version__,
@@ -43,18 +47,11 @@ def fingerprint(
         "transformers": transformers.__version__,
         "instruction set": _core.kernel_name(),
         "threads": threads,
+        "device": device,
         "calibration tokens": hashlib.sha256(windows.numpy().tobytes()).hexdigest(),
         "options": options,
-        "model files": {name: _header(checkpoint.folder / name) for name in checkpoint.files},
+        "model files": {name: sha256(checkpoint.folder / name) for name in files},
     }
-
-
-def _header(path: Path) -> list[Any]:
-    """Size of a shard and the hash of its header."""
-    with path.open("rb") as file:
-        length = file.read(8)
-        header = file.read(int.from_bytes(length, "little"))
-    return [path.stat().st_size, hashlib.sha256(length + header).hexdigest()]
 
 
 def check_fingerprint(out: Path, recorded: Mapping[str, Any], current: Mapping[str, Any]) -> None:
@@ -68,7 +65,8 @@ def check_fingerprint(out: Path, recorded: Mapping[str, Any], current: Mapping[s
         if then == _plain(now):
             continue
         if isinstance(then, dict) and isinstance(now, dict):
-            name = next(key for key in {**now, **then} if then.get(key) != _plain(now.get(key)))
+            names = (k for k in {**now, **then} if then.get(k, "?") != _plain(now.get(k, "?")))
+            name = next(names)
             part, then, now = f"{part}: {name}", then.get(name), now.get(name)
         raise UsageError(
             f"output {out}: an unfinished run lies beside it whose {part} differs: expected "

@@ -36,7 +36,7 @@ from rsprune.config import Config
 from rsprune.data import Corpus, calibration_windows, load_texts, split_heldout
 from rsprune.layer_run import LayerRun
 from rsprune.memory import PeakWatch, give_freed_pages_back, keep_freed_pages, rss_anon
-from rsprune.plan import Plan, Prepared, parse_pattern, prepare
+from rsprune.plan import Plan, Prepared, device, parse_pattern, prepare
 from rsprune.progress import NullProgress, Progress
 from rsprune.report import REPORT_NAME, Journal, Report, load_report, read_records
 from rsprune.resume import check_fingerprint, fingerprint, finished, replay, rewind
@@ -86,7 +86,7 @@ def compress(
     with PeakWatch() as peak:
         run = _Run(prepare(folder, config, Path(out)), config, progress, peak)
         run.read_inputs()
-        output = OutputFolder(Path(out))
+        output = OutputFolder(Path(out), overwrite=overwrite)
         with output.owned():
             try:
                 run.take_up(output, restart=restart)
@@ -143,7 +143,9 @@ class _Run:
 
     def take_up(self, output: OutputFolder, *, restart: bool) -> None:
         """Opens the journal: a new one, or that of the unfinished run that lies there."""
-        own = fingerprint(self.prepared.checkpoint, self.windows, self.config, self.threads)
+        own = fingerprint(
+            self.prepared.checkpoint, self.windows, self.config, self.threads, device(self.config)
+        )
         records: list[dict[str, Any]] = []
         if not restart and (output.folder / REPORT_NAME).exists():
             Journal(output.folder).close()  # cuts a torn line
@@ -169,6 +171,8 @@ class _Run:
         if not hasattr(self, "journal"):
             return
         self.journal.close()
+        if not (output.folder / REPORT_NAME).exists():
+            return  # it has its name already
         records = [record for _, record in read_records(output.folder / REPORT_NAME)]
         count = sum(record["kind"] == "layer" for record in records)
         if count == 0:
@@ -214,7 +218,7 @@ class _Run:
         self.journal.write(
             "allocation",
             layers=layers,
-            curves=[[curve.intercept, curve.slope] for curve in curves],
+            curves=[curve and [curve.intercept, curve.slope] for curve in curves],
         )
         return exact_patterns(operators, layers, pattern.sparsity)
 
@@ -233,6 +237,7 @@ class _Run:
         for group, statistics in job.groups(dense, own):
             for linear in group.linears:
                 layer.prune(linear, statistics)
+            del statistics  # or they would be held while the next group's are summed
         tuning = {"tuning": layer.tune()} if self.config.tune_block else {}
         dense, own = job.advance()
         passes = job.passes + layer.passes

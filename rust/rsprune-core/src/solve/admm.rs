@@ -15,7 +15,7 @@
 //! After the projection `U = rho (V + U/rho - Z)`: zero where a weight is kept. Rows need one
 //! product with an inverse that all of them share. An eigendecomposition would serve every rho at
 //! two products a step; the inverses of a whole schedule cost less than one eigendecomposition
-//! at every shape tried (benches/records), so there is no such path. From `largest_inverse` on,
+//! by its count of operations at every shape in use, so there is no such path. From `largest_inverse` on,
 //! conjugate gradients with `H + rho I` take the inverse's place, and memory is that of `G`.
 
 use super::problem::Problem;
@@ -151,7 +151,7 @@ impl<'a> State<'a> {
         blocks.flat_map(|b| &b[..b.len() / 2]).map(|z| *z != 0.0).collect()
     }
 
-    /// The share of the kept weights that were not kept `before`.
+    /// How many weights came into or left the support, as a share of those that are kept.
     fn changed(&self, before: &[bool]) -> f64 {
         let now = self.support();
         let kept = now.iter().filter(|k| **k).count();

@@ -47,5 +47,6 @@ pub fn best(job: &Job, task: &Task, budget: usize) -> Result<Solution> {
     let mut solution = winner.certify(job, &problem)?;
     solution.certificate.candidates = candidates;
     solution.certificate.iterations = split.iterations;
+    solution.certificate.converged = split.converged;
     Ok(solution)
 }
