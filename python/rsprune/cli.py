@@ -213,7 +213,7 @@ def verify(out: Folder, *, json: Json = False) -> None:
 
 def main() -> NoReturn:
     """Runs the command line and ends the process with its exit code."""
-    signal.signal(signal.SIGTERM, _terminated)
+    before = signal.signal(signal.SIGTERM, _terminated)
     try:
         code = app(sys.argv[1:] or ["--help"], standalone_mode=False)
     except typer.Abort:
@@ -224,6 +224,8 @@ def main() -> NoReturn:
         code = 1
     except Exception as error:
         code = _report_error(error)
+    finally:
+        signal.signal(signal.SIGTERM, before)
     sys.exit(code if isinstance(code, int) else 0)
 
 
