@@ -24,7 +24,7 @@ from rsprune.blocks import Group, LayerStructure
 from rsprune.checkpoint import TORCH_DTYPES
 from rsprune.config import Config
 from rsprune.errors import RspruneError
-from rsprune.layer_path import LayerPath, twin
+from rsprune.layer_path import LayerPath, as_rows, twin
 from rsprune.methods.base import Inputs
 from rsprune.pool import TensorPool
 from rsprune.timing import Timing
@@ -110,7 +110,7 @@ class LayerJob:
                     self._next.put(window, self._dense.output(window))
             if self.inputs.propagate == "model":
                 assert self._own is not None
-                self._own.tune(stored)
+                self._own.put_parameters(stored)
 
     def tune(self, dtypes: dict[str, torch.dtype], config: Config) -> Tuned:
         """Fits the compressed layer to the dense one's output; the own path goes on with it.
@@ -126,7 +126,7 @@ class LayerJob:
                 config, self.threads,
             )  # fmt: skip
             tuned = tuner.run()
-            self._own.tune(tuned.values)
+            self._own.put_parameters(tuned.values)
         return tuned
 
     def advance(self) -> tuple[Windows, Windows]:
@@ -219,11 +219,7 @@ class LayerJob:
         sums = statistics.heldout if held_out else statistics.calibration
         assert sums is not None
         try:
-            sums.add(_rows(own), None if dense is None else _rows(dense), threads=self.threads)
+            sums.add(as_rows(own), None if dense is None else as_rows(dense), threads=self.threads)
         except ValueError as error:
             inputs = f"{self.where}, inputs of {group.linears[0]}, window {window}"
             raise RspruneError(f"{inputs}: {error}") from None
-
-
-def _rows(activations: Tensor) -> Any:
-    return activations.detach().to("cpu", torch.float32).contiguous().numpy()

@@ -24,6 +24,7 @@ from rsprune import _core
 from rsprune.checkpoint import Checkpoint
 from rsprune.data import evaluation_windows, load_texts
 from rsprune.errors import RspruneError, UsageError
+from rsprune.layer_path import one_thread, run_layer
 from rsprune.memory import give_freed_pages_back, keep_freed_pages
 from rsprune.progress import NullProgress, Progress
 from rsprune.skeleton import Skeleton, load_tokenizer
@@ -99,12 +100,8 @@ def window_losses(skeleton: Skeleton, ids: Tensor, progress: Progress) -> Iterat
     Windows run side by side, one torch thread each: the same bits for any number of threads, and
     no thread waits for another in the middle of a product (which halves the speed of a busy host).
     """
-    with ThreadPoolExecutor(torch.get_num_threads(), initializer=_one_thread) as workers:
+    with ThreadPoolExecutor(torch.get_num_threads(), initializer=one_thread) as workers:
         yield from _batched_losses(skeleton, ids, progress, workers)
-
-
-def _one_thread() -> None:
-    torch.set_num_threads(1)  # of the calling thread alone
 
 
 def _batched_losses(
@@ -139,9 +136,7 @@ def _run_layer(stream: Stream, index: int, hidden: list[Tensor], workers: Execut
 
     def run(states: Tensor) -> Tensor:
         with torch.no_grad():
-            output = layer(states, **kwargs)
-        result: Tensor = output[0] if isinstance(output, tuple) else output
-        return result
+            return run_layer(layer, states, kwargs)
 
     hidden[:] = workers.map(run, hidden)
     skeleton.drop_layer(index)

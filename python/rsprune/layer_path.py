@@ -12,7 +12,9 @@ import copy
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from rsprune.blocks import Group, LayerStructure, Replay, StopForwardError
@@ -82,8 +84,8 @@ class LayerPath:
         """Puts a compressed weight [outputs, inputs] in place of the one that the layer holds."""
         self._put(self.layer.get_submodule(linear), "weight", weight)
 
-    def tune(self, values: dict[str, Tensor]) -> None:
-        """Puts tuned parameters, by their names in the layer, in place of those that it holds.
+    def put_parameters(self, values: dict[str, Tensor]) -> None:
+        """Puts tuned or stored parameters, by their names in the layer, in place of its own.
 
         Inputs that were noted for replays are no longer true, and are forgotten.
         """
@@ -113,8 +115,7 @@ class LayerPath:
                     wanted = groups if stop else None
                     stack.callback(self._catch(window, group, wanted).remove)
             stack.enter_context(contextlib.suppress(StopForwardError))
-            result = self.layer(self.hidden.get(window, self._device), **self.kwargs)
-            output = result[0] if isinstance(result, tuple) else result
+            output = run_layer(self.layer, self.hidden.get(window, self._device), self.kwargs)
         return {group: self._caught[group] for group in groups}, output
 
     def _catch(self, window: int, group: Group, wanted: Sequence[Group] | None) -> Any:
@@ -164,6 +165,24 @@ class LayerPath:
             self._pool.give_back(buffer)
 
 
+def run_layer(layer: nn.Module, hidden: Tensor, kwargs: dict[str, Any]) -> Tensor:
+    """The layer's output [1, tokens, channels]; some classes give it as the first of a tuple."""
+    result = layer(hidden, **kwargs)
+    output: Tensor = result[0] if isinstance(result, tuple) else result
+    return output
+
+
+def one_thread() -> None:
+    """Starts a worker that runs windows beside others: torch gets one thread, of this one alone."""
+    torch.set_num_threads(1)
+
+
+def as_rows(activations: Tensor) -> NDArray[np.float32]:
+    """Activations [tokens, width] as the core takes them."""
+    rows: NDArray[np.float32] = activations.detach().to("cpu", torch.float32).contiguous().numpy()
+    return rows
+
+
 def twin(layer: nn.Module) -> nn.Module:
     """A second layer that shares all tensors with `layer` until a weight is replaced."""
     memo = {id(tensor): tensor for tensor in [*layer.parameters(), *layer.buffers()]}
@@ -189,8 +208,7 @@ def relative_error(
     """Mean over the tokens of a window of `|layer(x) - y|^2 / |y|^2`; a scalar, differentiable."""
     device = next(layer.parameters()).device
     target = targets.get(window, device)
-    result = layer(inputs.get(window, device), **kwargs)
-    output: Tensor = result[0] if isinstance(result, tuple) else result
+    output = run_layer(layer, inputs.get(window, device), kwargs)
     energy = target.square().sum(-1).clamp_min(torch.finfo(target.dtype).tiny)
     return ((output - target).square().sum(-1) / energy).mean()
 

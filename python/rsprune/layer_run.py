@@ -22,11 +22,10 @@ from rsprune.config import Config
 from rsprune.errors import RspruneError
 from rsprune.layer_path import LayerPath
 from rsprune.permute import WINDOWS as PERMUTE_WINDOWS
-from rsprune.permute import Coupling, consumer_sums, find_couplings
+from rsprune.permute import Coupling, consumer_sums, find_couplings, reorder
 from rsprune.plan import Operator, Prepared, is_ignored
 from rsprune.progress import Progress
 from rsprune.report import Journal
-from rsprune.resume import reorder
 from rsprune.windows import Windows
 
 
@@ -93,9 +92,8 @@ class LayerRun:
             stored = self.prepared.checkpoint.lend(on_disk) if held is None else held
             moved = coupling.permute(name, torch.from_numpy(stored), order)
             self.changed[on_disk] = moved.numpy()
-        moved_so = {**dataclasses.asdict(coupling), "order": order.tolist()}
-        reorder(self.job.layer, [moved_so])
-        self.permutations.append(moved_so)
+        reorder(self.job.layer, coupling, order)
+        self.permutations.append({**dataclasses.asdict(coupling), "order": order.tolist()})
 
     def prune(self, linear: str, statistics: GroupStatistics) -> None:
         """Prunes an operator, unless it is ignored; the layer goes on with what will be stored."""

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from rsprune import _core
 from rsprune.blocks import LayerStructure
-from rsprune.layer_path import LayerPath, with_parameters
+from rsprune.layer_path import LayerPath, as_rows, run_layer, with_parameters
 
 WINDOWS = 8
 """Calibration windows from which the energies of channels are known well enough."""
@@ -115,9 +115,16 @@ def _holds(
 
 
 def _output(layer: nn.Module, kwargs: dict[str, Any], sample: Tensor) -> Tensor:
-    result = layer(sample, **kwargs)
-    output: Tensor = result[0] if isinstance(result, tuple) else result
-    return output - sample  # what the layer adds: the residual stream would hide a difference
+    return (
+        run_layer(layer, sample, kwargs) - sample
+    )  # what the layer adds: the residual stream would hide a difference
+
+
+def reorder(layer: nn.Module, coupling: Coupling, order: Tensor) -> None:
+    """Moves the channels of a layer, in place."""
+    for name in coupling.parameters(layer):
+        value = layer.get_parameter(name)
+        value.copy_(coupling.permute(name, value, order))
 
 
 def consumer_sums(
@@ -129,6 +136,5 @@ def consumer_sums(
     sums = {group.linears[0]: _core.Statistics(group.width) for group in groups}
     for window in range(windows):
         for group, caught in path.inputs(window, groups).items():
-            rows = caught.detach().to("cpu", torch.float32).contiguous().numpy()
-            sums[group.linears[0]].add(rows, threads=threads)
+            sums[group.linears[0]].add(as_rows(caught), threads=threads)
     return sums

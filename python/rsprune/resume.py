@@ -18,14 +18,14 @@ from typing import Any
 
 import torch
 import transformers
-from torch import Tensor, nn
+from torch import Tensor
 
 from rsprune import _core
 from rsprune.calibrate import LayerJob
 from rsprune.checkpoint import TORCH_DTYPES, Checkpoint, sha256
 from rsprune.config import Config
 from rsprune.errors import UsageError
-from rsprune.permute import Coupling
+from rsprune.permute import Coupling, reorder
 from rsprune.report import REPORT_NAME, Record, read_records
 
 FREE = ("memory", "threads", "device")
@@ -117,7 +117,11 @@ def replay(job: LayerJob, shard: Path, names: Mapping[str, str], record: Record)
         names: parameter name in the layer -> on-disk name.
         record: the layer's line in the journal.
     """
-    reorder(job.layer, record.get("permutations", ()))
+    for moved in record.get("permutations", ()):
+        coupling = Coupling(
+            tuple(moved["producers"]), moved["consumer"], moved["segment"], moved["repeats"]
+        )
+        reorder(job.layer, coupling, torch.tensor(moved["order"]))
     stored = _core.Shard(shard)
     dtypes = {name: dtype for name, dtype, *_ in stored.tensors()}
 
@@ -127,15 +131,3 @@ def replay(job: LayerJob, shard: Path, names: Mapping[str, str], record: Record)
         return raw.reshape(job.layer.get_parameter(name).shape)
 
     job.replay({name: value(name) for name, _ in job.layer.named_parameters()})
-
-
-def reorder(layer: nn.Module, permutations: Any) -> None:
-    """Moves the channels of a dense layer as a run has moved them."""
-    for each in permutations:
-        coupling = Coupling(
-            tuple(each["producers"]), each["consumer"], each["segment"], each["repeats"]
-        )
-        order = torch.tensor(each["order"])
-        for name in coupling.parameters(layer):
-            value = layer.get_parameter(name)
-            value.copy_(coupling.permute(name, value, order))

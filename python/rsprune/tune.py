@@ -25,7 +25,7 @@ import torch
 from torch import Tensor, nn
 
 from rsprune.config import Config
-from rsprune.layer_path import relative_error, with_parameters
+from rsprune.layer_path import one_thread, relative_error, with_parameters
 from rsprune.windows import Split, Windows
 
 BETAS = (0.9, 0.95)
@@ -78,7 +78,7 @@ class LayerTuner:
         self._state = _Adam.of(self.layer, self.dtypes, self.config.tune_rate)
         self._tuned = with_parameters(self.layer, self._state.leaves)
         judged = range(self.split.calibration, self.split.count) or range(self.split.count)
-        with ThreadPoolExecutor(self.threads, initializer=_one_thread) as workers:
+        with ThreadPoolExecutor(self.threads, initializer=one_thread) as workers:
             before = best = self._judge(judged, workers)
             values, stale, steps = self._state.rounded(), 0, 0
             for batches in self._passes():
@@ -172,7 +172,3 @@ class _Adam:
         return {
             name: leaf.detach().to(self.dtypes[name]).float() for name, leaf in self.leaves.items()
         }
-
-
-def _one_thread() -> None:
-    torch.set_num_threads(1)
