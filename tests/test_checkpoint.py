@@ -11,8 +11,17 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from rsprune import _core
-from rsprune.checkpoint import Checkpoint, OutputFolder, check_output, free_bytes, sha256
-from rsprune.errors import UsageError
+from rsprune import checkpoint as checkpoint_module
+from rsprune.checkpoint import (
+    PIECE_BYTES,
+    TORCH_DTYPES,
+    Checkpoint,
+    OutputFolder,
+    check_output,
+    free_bytes,
+    sha256,
+)
+from rsprune.errors import RspruneError, UsageError
 
 TENSORS = {
     "a.weight": torch.arange(12, dtype=torch.bfloat16).reshape(3, 4),
@@ -42,25 +51,68 @@ def contents(folder: Path) -> dict[str, bytes]:
     return {str(path.relative_to(folder)): path.read_bytes() for path in files}
 
 
-def test_tensors_are_seen_as_they_are_stored(folder: Path):
+def read(checkpoint: Checkpoint, name: str) -> torch.Tensor:
+    info = checkpoint.tensors[name]
+    whole = torch.empty(info.shape, dtype=TORCH_DTYPES[info.dtype])
+    checkpoint.copy_to(name, whole)
+    return whole
+
+
+@pytest.mark.parametrize("piece", [8, 16, PIECE_BYTES])
+def test_tensors_are_read_as_they_are_stored(
+    folder: Path, piece: int, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr(checkpoint_module, "PIECE_BYTES", piece)
     checkpoint = Checkpoint.open(folder)
     assert set(checkpoint.tensors) == set(TENSORS)
     for name, expected in TENSORS.items():
-        view, info = checkpoint.view(name), checkpoint.tensors[name]
-        assert (view.dtype, view.shape) == (expected.dtype, expected.shape)
+        info, found = checkpoint.tensors[name], read(checkpoint, name)
+        assert (found.dtype, found.shape) == (expected.dtype, expected.shape)
         assert (info.shape, info.nbytes) == (tuple(expected.shape), expected.nbytes)
-        assert torch.equal(view, expected)
-        raw = checkpoint.read(name)
-        assert raw.tobytes() == expected.reshape(-1).view(torch.uint8).numpy().tobytes()
+        assert torch.equal(found, expected)
+        assert checkpoint.same(name, name)
+        assert all(part.nbytes <= piece for _, part in checkpoint.pieces(name))
+        if expected.dim() == 2 and len(expected):
+            assert torch.equal(checkpoint.rows(name, [1, 0, 1]), expected[[1, 0, 1]])
+    wide = torch.full((3, 4), torch.nan, dtype=torch.float64)
+    checkpoint.copy_to("a.weight", wide)
+    assert torch.equal(wide, TENSORS["a.weight"].double())
 
 
-def test_solvers_get_half_types_as_bits_without_a_copy(folder: Path):
+def test_tensors_that_differ_in_a_bit_are_not_the_same(tmp_path: Path):
+    zero = torch.zeros(3, 4)
+    others = {"sign": -zero, "shape": zero.T.contiguous(), "type": zero.bfloat16()}
+    save_file({"zero": zero, "equal": zero.clone(), **others}, tmp_path / "model.safetensors")
+    checkpoint = Checkpoint.open(tmp_path)
+    assert checkpoint.same("zero", "equal")
+    assert not any(checkpoint.same("zero", other) for other in others)
+
+
+def test_solvers_get_half_types_as_bits(folder: Path):
     checkpoint = Checkpoint.open(folder)
     lent = checkpoint.lend("a.weight")
-    assert (lent.dtype, lent.shape, lent.flags.owndata) == (np.uint16, (3, 4), False)
+    assert (lent.dtype, lent.shape) == (np.uint16, (3, 4))
     assert np.array_equal(lent, TENSORS["a.weight"].view(torch.int16).numpy().view(np.uint16))
     assert checkpoint.lend("b.weight").dtype == np.float32
-    assert not lent.flags.writeable  # the input cannot be changed by accident
+
+
+@pytest.mark.parametrize(("length", "message"), [(0, "written to"), (-1, "shrank"), (8, "written")])
+def test_a_shard_that_changes_under_the_run_is_an_error(folder: Path, length: int, message: str):
+    checkpoint = Checkpoint.open(folder)
+    read(checkpoint, "a.weight")
+    path = folder / checkpoint.tensors["a.weight"].file
+    before = path.read_bytes()
+    path.write_bytes((before + bytes(8))[: len(before) + length])
+    with pytest.raises(RspruneError, match=rf"{path.name}: the file .*{message}.*a.weight"):
+        read(checkpoint, "a.weight")
+
+
+def test_a_shard_that_was_replaced_by_rename_is_read_as_it_was(folder: Path, tmp_path: Path):
+    checkpoint = Checkpoint.open(folder)
+    path = folder / checkpoint.tensors["a.weight"].file
+    (tmp_path / "other").write_bytes(b"something else")
+    (tmp_path / "other").rename(path)
+    assert torch.equal(read(checkpoint, "a.weight"), TENSORS["a.weight"])
 
 
 def test_tensors_that_the_index_does_not_name_are_not_there(folder: Path):
@@ -105,15 +157,20 @@ def test_an_output_is_committed_by_one_rename(folder: Path, tmp_path: Path):
     ]
     after = Checkpoint.open(out)
     assert set(after.tensors) == set(TENSORS)
-    assert not after.view("a.weight").any()
+    assert not read(after, "a.weight").any()
     for name in set(TENSORS) - {"a.weight"}:
-        assert torch.equal(after.view(name), TENSORS[name])
+        assert torch.equal(read(after, name), TENSORS[name])
     index = json.loads((out / "model.safetensors.index.json").read_text())
     total = sum(tensor.nbytes for tensor in TENSORS.values())
     assert index["metadata"] == {"total_size": total, "total_parameters": 12 + 8 + 2 + 3}
 
 
-def test_an_older_output_goes_when_the_new_one_is_whole(tmp_path: Path):
+@pytest.mark.parametrize("exchanges", [True, False])
+def test_an_older_output_goes_when_the_new_one_is_whole(
+    exchanges: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    if not exchanges:
+        monkeypatch.setattr("rsprune.checkpoint._core.exchange", lambda *_: False)
     out = tmp_path / "out"
     out.mkdir()
     (out / "old.txt").write_text("old")
@@ -135,11 +192,24 @@ def test_an_older_output_survives_a_rename_that_fails(tmp_path: Path, monkeypatc
             raise OSError("the disk went away")
         rename(source, target)
 
+    monkeypatch.setattr("rsprune.checkpoint._core.exchange", lambda *_: False)
     monkeypatch.setattr("rsprune.checkpoint.os.rename", fail)
     with pytest.raises(OSError, match="went away"):
         output.commit()
     output.discard()
     assert contents(tmp_path) == {"out/old.txt": b"old"}
+
+
+def test_folders_exchange_their_names(tmp_path: Path):
+    one, other = tmp_path / "one", tmp_path / "other"
+    for path in (one, other):
+        path.mkdir()
+        (path / "name").write_text(path.name)
+    if not _core.exchange(one, other):
+        pytest.skip("this file system cannot exchange names")
+    assert contents(tmp_path) == {"one/name": b"other", "other/name": b"one"}
+    with pytest.raises(FileNotFoundError, match="exchange of names with .*missing"):
+        _core.exchange(one, tmp_path / "missing")
 
 
 def test_what_an_earlier_run_left_stays_until_it_is_cleared(tmp_path: Path):

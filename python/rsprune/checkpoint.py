@@ -7,6 +7,7 @@ in `<out>.partial`, shard by shard, and gets its name by one rename when everyth
 from __future__ import annotations
 
 import contextlib
+import errno
 import fcntl
 import hashlib
 import itertools
@@ -16,7 +17,6 @@ import os
 import shutil
 import socket
 import tempfile
-import warnings
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -34,6 +34,9 @@ TORCH_DTYPES = {
     "I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8,
     "U8": torch.uint8, "BOOL": torch.bool,
 }  # fmt: skip
+PIECE_BYTES = 4 * 2**20
+"""Bytes that are read together: little memory, and few calls."""
+
 FLOATS = ("F32", "BF16", "F16")
 """Types in which a weight can be pruned."""
 
@@ -86,41 +89,75 @@ class Checkpoint:
         """Names of the shards."""
         return list(self._shards)
 
-    def view(self, name: str) -> torch.Tensor:
-        """The tensor as stored: read-only memory of the shard, not a copy."""
+    def pieces(self, name: str) -> Iterator[tuple[int, torch.Tensor]]:
+        """The elements of a tensor as stored, flat, a few MiB at a time, each with its start.
+
+        Read, not mapped: a file that is cut under the run is then an error and not a SIGBUS, and
+        no page of the model counts as ours.
+
+        Raises:
+            RspruneError: the file cannot be read, or was written to since it was opened.
+        """
         info = self.tensors[name]
-        raw = np.frombuffer(memoryview(self._shards[info.file].map(name)), dtype=np.uint8)
-        if info.nbytes == 0:
-            return torch.empty(info.shape, dtype=TORCH_DTYPES[info.dtype])
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", UserWarning)  # "not writable": meant so
-            flat = torch.from_numpy(raw)
-        return flat.view(TORCH_DTYPES[info.dtype]).reshape(info.shape)
+        dtype = TORCH_DTYPES[info.dtype]
+        for start in range(0, info.nbytes, PIECE_BYTES):
+            raw = self._read(info, start, min(PIECE_BYTES, info.nbytes - start))
+            yield start // dtype.itemsize, torch.from_numpy(raw).view(dtype)
+
+    def copy_to(self, name: str, target: torch.Tensor) -> None:
+        """Fills `target`, contiguous and of the tensor's shape, in the target's own type."""
+        flat = target.reshape(-1)
+        for start, piece in self.pieces(name):
+            flat[start : start + len(piece)] = piece
+
+    def rows(self, name: str, indices: list[int]) -> torch.Tensor:
+        """Some rows of a matrix, as stored, [indices, columns]."""
+        info = self.tensors[name]
+        dtype, columns = TORCH_DTYPES[info.dtype], info.shape[1]
+        length = columns * dtype.itemsize
+        found = torch.empty(len(indices), columns, dtype=dtype)
+        for place, row in enumerate(indices):
+            found[place] = torch.from_numpy(self._read(info, row * length, length)).view(dtype)
+        return found
 
     def lend(self, name: str) -> NDArray[Any]:
         """A weight as the solvers take it: float32, or the bits of a half type as uint16."""
         info = self.tensors[name]
-        raw = np.frombuffer(memoryview(self._shards[info.file].map(name)), dtype=np.uint8)
+        raw = self._read(info, 0, info.nbytes)
         bits: NDArray[Any] = raw.view(np.float32 if info.dtype == "F32" else np.uint16)
         return bits.reshape(info.shape)
 
-    def read(self, name: str) -> NDArray[np.uint8]:
-        """The bytes of a tensor in memory of their own."""
-        return self._shards[self.tensors[name].file].read(name)
+    def copy_into(self, writer: _core.ShardWriter, name: str) -> None:
+        """Copies a tensor into a file that is being written, a few MiB at a time."""
+        writer.copy(name, self._shards[self.tensors[name].file])
+
+    def _read(self, info: TensorInfo, start: int, count: int) -> NDArray[np.uint8]:
+        try:
+            return self._shards[info.file].read_part(info.name, start, count)
+        except (OSError, ValueError) as error:
+            raise RspruneError(str(error)) from None
 
     def check_finite(self, names: Iterable[str]) -> None:
         """Raises `UsageError` naming the first of the tensors that holds NaN or infinity."""
         for name in names:
             if self.tensors[name].dtype not in FLOATS:
                 continue
-            flat = self.view(name).reshape(-1)
-            for start in range(0, flat.numel(), 1 << 22):
-                bad = ~torch.isfinite(flat[start : start + (1 << 22)])
+            for start, piece in self.pieces(name):
+                bad = ~torch.isfinite(piece)
                 if bad.any():
-                    at = start + int(bad.nonzero()[0])
-                    value = float(flat[at])
-                    message = f"{name}: expected finite weights, found {value} at flat index {at}"
-                    raise UsageError(message)
+                    at = int(bad.nonzero()[0])
+                    found = f"found {float(piece[at])} at flat index {start + at}"
+                    raise UsageError(f"{name}: expected finite weights, {found}")
+
+    def same(self, one: str, other: str) -> bool:
+        """Whether two tensors agree bit for bit."""
+        a, b = self.tensors[one], self.tensors[other]
+        if (a.dtype, a.shape) != (b.dtype, b.shape):
+            return False
+        pairs = zip(self.pieces(one), self.pieces(other), strict=True)
+        return all(
+            torch.equal(x.view(torch.uint8), y.view(torch.uint8)) for (_, x), (_, y) in pairs
+        )
 
 
 class OutputFolder:
@@ -209,9 +246,10 @@ class OutputFolder:
         plan = [(info.name, info.dtype, list(info.shape)) for info in infos]
         writer = _core.ShardWriter(self.folder / file, plan, {"format": "pt"})
         for info in infos:
-            new = changed.get(info.name)
-            data = source.read(info.name) if new is None else new.reshape(-1).view(np.uint8)
-            writer.put(info.name, data)
+            if (new := changed.get(info.name)) is None:
+                source.copy_into(writer, info.name)
+            else:
+                writer.put(info.name, new.reshape(-1).view(np.uint8))
         writer.finish()
         self.keep_shard(file, source, names)
         path = self.folder / file
@@ -241,16 +279,29 @@ class OutputFolder:
         self.write_text("model.safetensors.index.json", json.dumps(index, indent=2) + "\n")
 
     def commit(self) -> None:
-        """Gives the folder its name; an older output of that name goes only now."""
+        """Gives the folder its name; an older output of that name goes only now.
+
+        Everything is on disk before: a machine that loses power has the old output or the new.
+        """
         shutil.rmtree(self.scratch, ignore_errors=True)
         if self.out.exists() and not self.overwrite:
             raise UsageError(f"output {self.out}: has appeared since this run began; move it away")
-        if not self.out.exists():
+        for path in [*self.folder.rglob("*"), self.folder]:
+            _sync(path)
+        if self.out.exists():
+            self._replace()
+        else:
             os.rename(self.folder, self.out)
-            return
+        _sync(self.out.parent)
+
+    def _replace(self) -> None:
+        """Both names change places at once; by two renames where the file system cannot."""
         prefix = f".{self.out.name}-"
         with tempfile.TemporaryDirectory(dir=self.out.parent, prefix=prefix) as aside:
             old = Path(aside, "old")
+            if _core.exchange(self.folder, self.out):
+                os.rename(self.folder, old)  # or the next run would take it for an unfinished one
+                return
             os.rename(self.out, old)
             try:
                 os.rename(self.folder, self.out)
@@ -285,6 +336,18 @@ def check_output(out: Path, *sources: Path, overwrite: bool) -> None:
             f"output {out}: --overwrite replaces only what rsprune wrote, found a folder without "
             "rsprune-report.jsonl; remove it yourself or name another"
         )
+
+
+def _sync(path: Path) -> None:
+    """Makes a file, or the names in a folder, durable."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    except OSError as error:
+        if error.errno != errno.EINVAL:  # some network file systems have no fsync of folders
+            raise
+    finally:
+        os.close(descriptor)
 
 
 def _partial(out: Path) -> Path:

@@ -123,11 +123,13 @@ class Skeleton:
         if disk_name is None:
             raise MissingTensorsError([name], self.checkpoint.folder)
         expected = tuple(self.model.get_parameter(name).shape)
-        tensor = self.checkpoint.view(disk_name)
-        if tuple(tensor.shape) != expected:
-            found = f"{disk_name}: expected shape {list(expected)} from config.json"
-            raise UsageError(f"{found}, found {list(tensor.shape)}")
-        return self.pool.take(tensor.shape).copy_(tensor)
+        found = self.checkpoint.tensors[disk_name].shape
+        if found != expected:
+            message = f"{disk_name}: expected shape {list(expected)} from config.json"
+            raise UsageError(f"{message}, found {list(found)}")
+        tensor = self.pool.take(torch.Size(found))
+        self.checkpoint.copy_to(disk_name, tensor)
+        return tensor
 
     @contextlib.contextmanager
     def materialised(self, names: list[str]) -> Iterator[None]:
@@ -171,8 +173,7 @@ class Skeleton:
         for names in self._tied:
             on_disk = [found for name in names if (found := self._find(name)) is not None]
             if disk_name in on_disk[1:]:
-                view = self.checkpoint.view
-                return torch.equal(view(disk_name), view(on_disk[0]))
+                return self.checkpoint.same(disk_name, on_disk[0])
         return False
 
     def name_of(self, module: nn.Module) -> str:

@@ -178,7 +178,8 @@ class Stream:
         name = skeleton.disk_name(_parameter_names(skeleton, module)[0])
         assert name is not None
         used, compact = torch.unique(ids, return_inverse=True)
-        rows = skeleton.checkpoint.view(name)[used].to(skeleton.device, torch.float32)
+        stored = skeleton.checkpoint.rows(name, used.tolist())
+        rows = stored.to(skeleton.device, torch.float32)
         full, padding = module._parameters["weight"], module.padding_idx
         module._parameters["weight"] = nn.Parameter(rows, requires_grad=False)
         module.padding_idx = None  # it only stops gradients, and may exceed the compact table

@@ -11,6 +11,7 @@ use rsprune_core::Result;
 use rsprune_core::kernels::Kernel;
 use rsprune_core::par::{Job, Pool};
 use std::any::Any;
+use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::mpsc::{RecvTimeoutError, channel};
 use std::sync::{Arc, Mutex};
@@ -38,7 +39,11 @@ fn pool(threads: usize) -> Result<Arc<Pool>> {
 
 /// Runs a short call (file work) without the GIL.
 pub fn detach<T: Send>(py: Python<'_>, call: impl FnOnce() -> Result<T> + Send) -> PyResult<T> {
-    py.detach(call).map_err(to_py)
+    // The caller gets an error either way and uses nothing that a panic left halfway.
+    match py.detach(|| catch_unwind(AssertUnwindSafe(call))) {
+        Ok(result) => result.map_err(to_py),
+        Err(panic) => Err(PyRuntimeError::new_err(panic_message(&*panic))),
+    }
 }
 
 /// Runs a long call on `threads` workers without the GIL; Ctrl-C cancels it.

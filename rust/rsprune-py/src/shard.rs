@@ -43,12 +43,23 @@ impl Shard {
     /// The bytes of tensor `name` in memory of their own, uint8 [nbytes].
     fn read<'py>(&self, py: Python<'py>, name: &str) -> PyResult<Bound<'py, PyArray1<u8>>> {
         let nbytes = self.0.info(name).map_err(to_py)?.nbytes;
+        self.read_part(py, name, 0, nbytes)
+    }
+
+    /// `count` of these bytes, from byte `start` on.
+    fn read_part<'py>(
+        &self,
+        py: Python<'py>,
+        name: &str,
+        start: u64,
+        count: u64,
+    ) -> PyResult<Bound<'py, PyArray1<u8>>> {
         // NumPy's own call, because it raises MemoryError where a Rust vector would abort.
-        let array = get_array_module(py)?.call_method1("zeros", (nbytes, "u1"))?;
+        let array = get_array_module(py)?.call_method1("zeros", (count, "u1"))?;
         let array = array.cast_into::<PyArray1<u8>>()?;
         let mut lent = array.readwrite();
         let out = contiguous(lent.as_slice_mut())?;
-        detach(py, || self.0.read_into(name, out))?;
+        detach(py, || self.0.read_part(name, start, out))?;
         drop(lent);
         Ok(array)
     }
@@ -155,6 +166,11 @@ impl ShardWriter {
         self.with(py, |writer| Some(writer.as_mut()?.put(name, bytes)))
     }
 
+    /// Copies tensor `name` from the file `source`, a piece at a time.
+    fn copy(&self, py: Python<'_>, name: &str, source: &Shard) -> PyResult<()> {
+        self.with(py, |writer| Some(writer.as_mut()?.copy(name, &source.0)))
+    }
+
     /// Makes the file durable and gives it its name. Raises if a tensor was not put; the writer
     /// has ended either way.
     fn finish(&self, py: Python<'_>) -> PyResult<()> {
@@ -198,6 +214,12 @@ fn write_file(py: Python<'_>, path: PathBuf, data: &[u8]) -> PyResult<()> {
     detach(py, || core::write_file(&path, data))
 }
 
+/// Lets two folders of one file system change their names, at once; `False` where the system cannot.
+#[pyfunction]
+fn exchange(py: Python<'_>, one: PathBuf, other: PathBuf) -> PyResult<bool> {
+    detach(py, || core::exchange(&one, &other))
+}
+
 /// Adds the classes and functions of this module.
 pub fn register(m: &Bound<'_, PyModule>) -> PyResult<()> {
     m.add_class::<Shard>()?;
@@ -205,5 +227,6 @@ pub fn register(m: &Bound<'_, PyModule>) -> PyResult<()> {
     m.add_class::<ShardWriter>()?;
     m.add_function(wrap_pyfunction!(plan_shard, m)?)?;
     m.add_function(wrap_pyfunction!(checkpoint_index, m)?)?;
-    m.add_function(wrap_pyfunction!(write_file, m)?)
+    m.add_function(wrap_pyfunction!(write_file, m)?)?;
+    m.add_function(wrap_pyfunction!(exchange, m)?)
 }

@@ -8,6 +8,7 @@
 //! order and shown under its name only when it is complete and on disk (`writer`).
 
 mod dtype;
+mod folder;
 mod header;
 mod index;
 mod layout;
@@ -15,6 +16,7 @@ mod reader;
 mod writer;
 
 pub use dtype::Dtype;
+pub use folder::exchange;
 pub use header::{Header, TensorInfo};
 pub use index::{Index, checkpoint_files};
 pub use layout::Layout;

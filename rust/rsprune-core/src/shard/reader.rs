@@ -10,9 +10,9 @@ use super::{broken, io_error};
 use crate::error::{Error, Result};
 use memmap2::{Advice, Mmap, MmapOptions, UncheckedAdvice};
 use std::collections::BTreeMap;
-use std::fs::File;
-use std::ops::Deref;
-use std::os::unix::fs::FileExt;
+use std::fs::{File, Metadata};
+use std::ops::{Deref, Range};
+use std::os::unix::fs::{FileExt, MetadataExt};
 use std::path::{Path, PathBuf};
 
 /// Bytes of one `pread`, so that a failing disk is reported near the byte that failed.
@@ -24,6 +24,15 @@ pub struct Shard {
     path: PathBuf,
     file: File,
     header: Header,
+    state: State,
+}
+
+/// What tells whether a file was written to: its length and the time of its last change, in
+/// seconds and nanoseconds.
+type State = (u64, i64, i64);
+
+fn state(meta: &Metadata) -> State {
+    (meta.len(), meta.mtime(), meta.mtime_nsec())
 }
 
 impl Shard {
@@ -36,7 +45,7 @@ impl Shard {
             return Err(broken(&path, "expected a regular file"));
         }
         let header = Header::read(&file, &path, meta.len())?;
-        Ok(Shard { path, file, header })
+        Ok(Shard { path, file, header, state: state(&meta) })
     }
 
     /// Where the file is.
@@ -64,23 +73,41 @@ impl Shard {
 
     /// Copies the bytes of tensor `name` into `out`, which must have exactly their number.
     pub fn read_into(&self, name: &str, out: &mut [u8]) -> Result<()> {
-        let info = self.info(name)?;
-        if out.len() as u64 != info.nbytes {
+        let nbytes = self.info(name)?.nbytes;
+        if out.len() as u64 != nbytes {
             return Err(Error::Shape {
                 what: format!("buffer for tensor {name:?} of {}", self.path.display()),
-                expected: format!("{} bytes", info.nbytes),
+                expected: format!("{nbytes} bytes"),
                 found: format!("{} bytes", out.len()),
             });
         }
+        self.read_part(name, 0, out)
+    }
+
+    /// Copies the bytes of tensor `name` from its byte `start` on into `out`.
+    ///
+    /// A file that was written to since it was opened is refused: its bytes are not those of the
+    /// header that was validated.
+    pub fn read_part(&self, name: &str, start: u64, out: &mut [u8]) -> Result<()> {
+        let info = self.info(name)?;
+        let end = start.checked_add(out.len() as u64);
+        if end.is_none_or(|end| end > info.nbytes) {
+            return Err(Error::Shape {
+                what: format!("part of tensor {name:?} of {}", self.path.display()),
+                expected: format!("at most {} bytes from byte {start} on", info.nbytes),
+                found: format!("{} bytes", out.len()),
+            });
+        }
+        self.check_unchanged(info)?;
         for (i, chunk) in out.chunks_mut(CHUNK).enumerate() {
-            let offset = info.offset + (i * CHUNK) as u64;
+            let offset = info.offset + start + (i * CHUNK) as u64;
             self.file.read_exact_at(chunk, offset).map_err(|e| {
                 let length = chunk.len();
                 let action = format!("read of {length} bytes at {offset} for tensor {name:?}");
                 io_error(&self.path, action)(e)
             })?;
         }
-        Ok(())
+        self.check_unchanged(info) // or it may have changed while it was read
     }
 
     /// Maps the pages of tensor `name`, read-only and nothing else of the file.
@@ -94,7 +121,7 @@ impl Shard {
         if info.nbytes == 0 {
             return Ok(Mapped { path, map: None }); // the system refuses maps of zero bytes
         }
-        self.check_length(info)?;
+        self.check_unchanged(info)?;
         let action = format!("map of {} bytes at {} for {name:?}", info.nbytes, info.offset);
         let mut options = MmapOptions::new();
         // On a 32-bit host a length beyond its address space becomes one that no map can have.
@@ -108,21 +135,26 @@ impl Shard {
         Ok(Mapped { path, map: Some(map) })
     }
 
-    /// Refuses a file that has become too short for `info` since it was opened: better an error
-    /// here than SIGBUS later.
-    fn check_length(&self, info: &TensorInfo) -> Result<()> {
-        let meta = self.file.metadata();
-        let found = meta.map_err(io_error(&self.path, "stat"))?.len();
-        let expected = info.offset + info.nbytes;
-        if found < expected {
-            let name = &info.name;
-            let reason = format!(
-                "the file shrank after it was opened: tensor {name:?} ends at byte {expected}, \
-                 file has {found}"
-            );
-            return Err(broken(&self.path, reason));
+    /// Refuses a file that was cut or written to since it was opened.
+    fn check_unchanged(&self, info: &TensorInfo) -> Result<()> {
+        let now = state(&self.file.metadata().map_err(io_error(&self.path, "stat"))?);
+        if now == self.state {
+            return Ok(());
         }
-        Ok(())
+        let (name, Range { start, end }) = (&info.name, info.offset..info.offset + info.nbytes);
+        let reason = if now.0 < end {
+            format!(
+                "the file shrank after it was opened: tensor {name:?} ends at byte {end}, file \
+                 has {}",
+                now.0
+            )
+        } else {
+            format!(
+                "the file was written to after it was opened: tensor {name:?}, bytes {start} to \
+                 {end}, can no longer be trusted"
+            )
+        };
+        Err(broken(&self.path, reason))
     }
 }
 

@@ -5,7 +5,9 @@
 //! a run that dies leaves at most a `.tmp`, which the next run replaces.
 #![allow(unsafe_code)] // fallocate and fstatvfs, which std does not have
 
+use super::folder::sync_folder;
 use super::layout::Layout;
+use super::reader::Shard;
 use super::{broken, io_error};
 use crate::error::{Error, Result};
 use std::ffi::OsString;
@@ -18,6 +20,9 @@ use std::path::{Path, PathBuf};
 
 /// Names listed in one message.
 const LISTED: usize = 5;
+
+/// Bytes of one step of a copy.
+const PIECE: u64 = 4 << 20;
 
 /// A file that is being filled. Dropped before [`Writer::finish`], it removes its temp file.
 #[derive(Debug)]
@@ -47,25 +52,47 @@ impl Writer {
 
     /// Writes all bytes of the tensor `name` to their planned place. In any order, each once.
     pub fn put(&mut self, name: &str, bytes: &[u8]) -> Result<()> {
+        let i = self.expect(name, bytes.len() as u64)?;
+        let offset = self.layout.infos()[i].offset;
+        self.temp.write_at(bytes, offset, &format!("tensor {name:?}"))?;
+        self.done[i] = true;
+        Ok(())
+    }
+
+    /// Copies tensor `name` from `source`, a piece at a time.
+    pub fn copy(&mut self, name: &str, source: &Shard) -> Result<()> {
+        let nbytes = source.info(name)?.nbytes;
+        let i = self.expect(name, nbytes)?;
+        let offset = self.layout.infos()[i].offset;
+        let mut piece = vec![0; nbytes.min(PIECE) as usize];
+        for start in (0..nbytes).step_by(PIECE as usize) {
+            let piece = &mut piece[..(nbytes - start).min(PIECE) as usize];
+            source.read_part(name, start, piece)?;
+            self.temp.write_at(piece, offset + start, &format!("tensor {name:?}"))?;
+        }
+        self.done[i] = true;
+        Ok(())
+    }
+
+    /// The place of tensor `name`, which is about to be written with `nbytes` bytes.
+    fn expect(&self, name: &str, nbytes: u64) -> Result<usize> {
         let path = &self.temp.target;
         let Some(i) = self.layout.position(name) else {
             let (path, name) = (path.clone(), name.to_string());
             return Err(Error::MissingTensor { path, name });
         };
         let info = &self.layout.infos()[i];
-        if bytes.len() as u64 != info.nbytes {
+        if nbytes != info.nbytes {
             return Err(Error::Shape {
                 what: format!("bytes of tensor {name:?} for {}", path.display()),
                 expected: format!("{} ({} {:?})", info.nbytes, info.dtype, info.shape),
-                found: bytes.len().to_string(),
+                found: nbytes.to_string(),
             });
         }
         if self.done[i] {
             return Err(broken(path, format!("tensor {name:?} was put twice")));
         }
-        self.temp.write_at(bytes, info.offset, &format!("tensor {name:?}"))?;
-        self.done[i] = true;
-        Ok(())
+        Ok(i)
     }
 
     /// Makes the file durable and shows it under its name; an error if a tensor was not put.
@@ -151,20 +178,6 @@ impl Drop for Temp {
             // Nobody is left to hear of a failure, and the next run removes a stale file.
             let _ = fs::remove_file(&self.path);
         }
-    }
-}
-
-/// Makes a rename in the folder of `path` durable.
-fn sync_folder(path: &Path) -> Result<()> {
-    let folder = match path.parent() {
-        Some(folder) if folder != Path::new("") => folder,
-        _ => Path::new("."),
-    };
-    let opened = File::open(folder).map_err(io_error(folder, "open"))?;
-    match opened.sync_all() {
-        // Some network file systems have no fsync of folders; there is nothing better to call.
-        Err(e) if e.raw_os_error() == Some(libc::EINVAL) => Ok(()),
-        result => result.map_err(io_error(folder, "fsync of the folder")),
     }
 }
 
