@@ -208,7 +208,7 @@ def test_folders_exchange_their_names(tmp_path: Path):
     if not _core.exchange(one, other):
         pytest.skip("this file system cannot exchange names")
     assert contents(tmp_path) == {"one/name": b"other", "other/name": b"one"}
-    with pytest.raises(FileNotFoundError, match="exchange of names with .*missing"):
+    with pytest.raises(FileNotFoundError, match=r"exchange of names with .*missing"):
         _core.exchange(one, tmp_path / "missing")
 
 
@@ -251,10 +251,15 @@ def test_everything_that_is_not_a_weight_is_copied(folder: Path, tmp_path: Path)
 
 
 def test_links_of_a_hub_cache_become_files(folder: Path, tmp_path: Path):
-    (tmp_path / "blob").write_text("{}")
-    (folder / "config.json").symlink_to(tmp_path / "blob")
+    snapshot = tmp_path / "hub" / "snapshots" / "0123"
+    snapshot.parent.mkdir(parents=True)
+    folder.rename(snapshot)
+    blob = tmp_path / "hub" / "blobs" / "abc"
+    blob.parent.mkdir()
+    blob.write_text("{}")
+    (snapshot / "config.json").symlink_to("../../blobs/abc")
     output = OutputFolder(tmp_path / "out")
-    output.copy_other_files(folder)
+    output.copy_other_files(snapshot)
     output.commit()
     copied = tmp_path / "out" / "config.json"
     assert copied.read_text() == "{}"

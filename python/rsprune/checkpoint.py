@@ -132,10 +132,8 @@ class Checkpoint:
         writer.copy(name, self._shards[self.tensors[name].file])
 
     def _read(self, info: TensorInfo, start: int, count: int) -> NDArray[np.uint8]:
-        try:
+        with _named_errors():
             return self._shards[info.file].read_part(info.name, start, count)
-        except (OSError, ValueError) as error:
-            raise RspruneError(str(error)) from None
 
     def check_finite(self, names: Iterable[str]) -> None:
         """Raises `UsageError` naming the first of the tensors that holds NaN or infinity."""
@@ -167,7 +165,7 @@ class OutputFolder:
     """
 
     def __init__(self, out: Path, *, overwrite: bool = True) -> None:
-        self.out = Path(os.path.abspath(out))
+        self.out = _real(out)
         self.folder = _partial(self.out)
         self.overwrite = overwrite
         self._files: dict[str, str] = {}
@@ -244,29 +242,27 @@ class OutputFolder:
         """
         infos = [source.tensors[name] for name in names]
         plan = [(info.name, info.dtype, list(info.shape)) for info in infos]
-        writer = _core.ShardWriter(self.folder / file, plan, {"format": "pt"})
-        for info in infos:
-            if (new := changed.get(info.name)) is None:
-                source.copy_into(writer, info.name)
-            else:
-                writer.put(info.name, new.reshape(-1).view(np.uint8))
-        writer.finish()
+        with _named_errors():
+            writer = _core.ShardWriter(self.folder / file, plan, {"format": "pt"})
+            for info in infos:
+                if (new := changed.get(info.name)) is None:
+                    source.copy_into(writer, info.name)
+                else:
+                    writer.put(info.name, new.reshape(-1).view(np.uint8))
+            writer.finish()
         self.keep_shard(file, source, names)
         path = self.folder / file
         return {"file": file, "bytes": path.stat().st_size, "sha256": sha256(path)}
 
     def copy_other_files(self, source: Path) -> None:
         """Copies everything that is not a weight (configuration, tokenizer, licence, code)."""
-        for path in sorted(source.rglob("*")):
-            relative = path.relative_to(source)
-            hidden = any(part.startswith(".") for part in relative.parts)
-            if path.is_dir() or hidden or any(path.match(p) for p in WEIGHT_FILES):
-                continue
-            if path.name in ("rsprune-report.jsonl", "recipe.yaml"):
-                continue
-            target = self.folder / relative
+        for path in other_files(source):
+            target = self.folder / path.relative_to(source)
             target.parent.mkdir(parents=True, exist_ok=True)
-            shutil.copyfile(path, target)
+            try:
+                shutil.copyfile(path, target)
+            except OSError as error:
+                raise RspruneError(f"{target}: copy of {path}: {error.strerror}") from None
 
     def write_text(self, name: str, text: str) -> None:
         """Writes a small file by temporary file and rename."""
@@ -314,6 +310,31 @@ class OutputFolder:
         shutil.rmtree(self.folder, ignore_errors=True)
 
 
+def other_files(folder: Path) -> list[Path]:
+    """The files of a model that are no weights and not ours: configuration, tokenizer, licence.
+
+    Raises:
+        UsageError: a link that leaves the folder (and is none of a hub cache).
+    """
+    found = []
+    root = folder.resolve()
+    homes = [root, *([root.parents[1] / "blobs"] if root.parent.name == "snapshots" else [])]
+    for path in sorted(folder.rglob("*")):
+        relative = path.relative_to(folder)
+        hidden = any(part.startswith(".") for part in relative.parts)
+        if path.is_dir() or hidden or any(path.match(p) for p in WEIGHT_FILES):
+            continue
+        if path.name in ("rsprune-report.jsonl", "recipe.yaml"):
+            continue
+        target = path.resolve()
+        if not any(home in target.parents for home in homes):
+            raise UsageError(f"{path}: expected a file of this folder, found a link to {target}")
+        if not target.is_file():
+            raise UsageError(f"{path}: expected a file, found something else")
+        found.append(path)
+    return found
+
+
 def check_output(out: Path, *sources: Path, overwrite: bool) -> None:
     """Refuses an output that is or holds an input; one that exists, unless `overwrite`; and with
     `overwrite` a folder that rsprune did not write.
@@ -322,7 +343,7 @@ def check_output(out: Path, *sources: Path, overwrite: bool) -> None:
         UsageError: in these cases.
     """
     for source, target in itertools.product(
-        sources, (out.resolve(), _partial(Path(os.path.abspath(out))).resolve())
+        sources, (out.resolve(), _partial(_real(out)).resolve())
     ):
         origin = source.resolve()
         if target == origin or target in origin.parents or origin in target.parents:
@@ -338,6 +359,15 @@ def check_output(out: Path, *sources: Path, overwrite: bool) -> None:
         )
 
 
+@contextlib.contextmanager
+def _named_errors() -> Iterator[None]:
+    """What the core says of a file (its name, offset and cause) ends the run."""
+    try:
+        yield
+    except (OSError, ValueError) as error:
+        raise RspruneError(str(error)) from None
+
+
 def _sync(path: Path) -> None:
     """Makes a file, or the names in a folder, durable."""
     descriptor = os.open(path, os.O_RDONLY)
@@ -350,6 +380,11 @@ def _sync(path: Path) -> None:
         os.close(descriptor)
 
 
+def _real(out: Path) -> Path:
+    """What `out` means: a link that leads nowhere yet is followed, so that all is built there."""
+    return out.resolve() if out.is_symlink() and not out.exists() else Path(os.path.abspath(out))
+
+
 def _partial(out: Path) -> Path:
     """Where the output is built."""
     return out.with_name(out.name + ".partial")
@@ -357,7 +392,7 @@ def _partial(out: Path) -> Path:
 
 def finished_bytes(out: Path) -> int:
     """What an unfinished run of `out` has on disk already."""
-    shards = _partial(Path(os.path.abspath(out))).glob("*.safetensors")
+    shards = _partial(_real(out)).glob("*.safetensors")
     return sum(path.stat().st_size for path in shards)
 
 

@@ -243,7 +243,7 @@ def _report_error(error: Exception) -> int:
         traceback.print_exception(error)
     if usage is not None:
         text = usage()
-    elif refused:
+    elif refused or isinstance(error, OSError):
         text = str(error)
     else:
         text = f"{type(error).__name__}: {error} (RSPRUNE_DEBUG=1 shows where)"

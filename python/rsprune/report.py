@@ -31,7 +31,8 @@ class Journal:
     def __init__(self, folder: Path) -> None:
         """Opens `<folder>/rsprune-report.jsonl` for append; the folder must exist."""
         self.path = folder / REPORT_NAME
-        self._file = self.path.open("a+b")
+        # Unbuffered: what a full disk refuses now must not be written again at `close`.
+        self._file = self.path.open("a+b", buffering=0)
         self._drop_torn_line()
 
     def write(self, kind: str, **fields: Any) -> None:
@@ -48,15 +49,22 @@ class Journal:
             raise ValueError(f"record kind: expected one of {', '.join(KINDS)}, found {kind!r}")
         record = _plain({"kind": kind, **fields})
         line = json.dumps(record, sort_keys=True, allow_nan=False, ensure_ascii=False)
-        self._file.write(line.encode() + b"\n")
-        self._file.flush()
-        if kind == "layer":
-            os.fsync(self._file.fileno())  # from now on its shard counts
+        length = self.path.stat().st_size
+        try:
+            self._append(line.encode() + b"\n")
+            if kind == "layer":
+                os.fsync(self._file.fileno())  # from now on its shard counts
+        except OSError as error:
+            self._file.truncate(length)
+            raise RspruneError(f"{self.path}: write of a {kind} line: {error.strerror}") from None
+
+    def _append(self, line: bytes) -> None:
+        while line:  # a full disk takes the first part, then says that it is full
+            line = line[self._file.write(line) :]
 
     def close(self) -> None:
         """Puts the file on disk and closes it."""
         if not self._file.closed:
-            self._file.flush()
             os.fsync(self._file.fileno())
             self._file.close()
 

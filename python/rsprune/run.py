@@ -31,7 +31,7 @@ from rsprune import _core, methods
 from rsprune.allocate import allocate, exact_patterns, measure
 from rsprune.calibrate import LayerJob
 from rsprune.card import model_card
-from rsprune.checkpoint import OutputFolder, check_output
+from rsprune.checkpoint import OutputFolder, check_output, other_files
 from rsprune.config import Config
 from rsprune.data import Corpus, calibration_windows, load_texts, split_heldout
 from rsprune.layer_run import LayerRun
@@ -123,6 +123,7 @@ class _Run:
         """Reads what decides whether the run can be done: text, tokenizer, every weight."""
         for warning in self.plan.warnings:
             self.progress.note(f"warning: {warning}")
+        other_files(self.plan.model)  # a link that leaves the folder is refused now
         with self.timing.stage("read"):
             self.corpus: Corpus = load_texts(
                 self.config.calibration, field=self.config.calibration_field
