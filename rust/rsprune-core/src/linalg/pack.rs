@@ -1,6 +1,9 @@
 //! Panels: the order of elements in which a tile kernel reads its operands.
 
+use crate::error::Result;
 use crate::kernels::Kernel;
+use crate::par::Job;
+use std::ops::Range;
 
 #[derive(Clone, Copy)]
 #[repr(C, align(64))]
@@ -54,6 +57,33 @@ impl PackedB {
             }
         }
         PackedB { k, n, nr, data }
+    }
+
+    /// A square whose entries `fill(rows, columns, panel)` writes, a tile of a panel at a time; so
+    /// the matrix itself need not be in memory beside its packed form.
+    pub fn square(
+        job: &Job,
+        kernel: &Kernel,
+        n: usize,
+        fill: impl Fn(Range<usize>, Range<usize>, &mut [f32]) + Sync,
+    ) -> Result<PackedB> {
+        const TILE: usize = 64;
+        let nr = kernel.nr;
+        let mut data = Aligned::zeros(n.div_ceil(nr) * nr * n);
+        let used = n.div_ceil(nr) * nr * n;
+        job.map_blocks(&mut data.as_mut()[..used], (nr * n).max(1), |j, panel| {
+            for (t, tile) in panel.chunks_mut(TILE * nr).enumerate() {
+                let rows = t * TILE..t * TILE + tile.len() / nr;
+                fill(rows, j * nr..((j + 1) * nr).min(n), tile);
+            }
+            Ok(())
+        })?;
+        Ok(PackedB { k: n, n, nr, data })
+    }
+
+    /// Elements from one row of a panel to its next.
+    pub fn panel_width(kernel: &Kernel) -> usize {
+        kernel.nr
     }
 
     /// Rows `k0..k1` of column panel `j`.

@@ -63,20 +63,15 @@ impl Task<'_> {
         self.calibration.width()
     }
 
-    /// Rounds `values` to the stored type and measures them there.
-    pub(super) fn certify(
-        &self,
-        job: &Job,
-        mut values: Vec<f32>,
-        term: &GramQuadratic,
-    ) -> Result<Solution> {
+    /// Rounds `values` to the stored type and measures them there; one data term at a time, after
+    /// the solver's own is gone.
+    pub(super) fn certify(&self, job: &Job, mut values: Vec<f32>) -> Result<Solution> {
         self.store(&mut values);
-        let mut certificate = self.certificate(&values);
-        certificate.error = term.relative_error(job, &values)?;
-        if let Some(stats) = self.heldout {
-            let term = GramQuadratic::new(job, self.weight, stats)?;
-            certificate.heldout = Some(term.relative_error(job, &values)?);
-        }
+        let measure =
+            |stats| GramQuadratic::measuring(job, self.weight, stats)?.relative_error(job, &values);
+        let error = measure(self.calibration)?;
+        let heldout = self.heldout.map(measure).transpose()?;
+        let certificate = Certificate { error, heldout, ..self.certificate(&values) };
         Ok(Solution { values, certificate })
     }
 

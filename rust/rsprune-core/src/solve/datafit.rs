@@ -30,7 +30,8 @@ pub struct GramQuadratic<'a> {
     pub weight: Cow<'a, [f32]>,
     /// Input channels.
     pub n: usize,
-    /// `G [n, n]`, normalised to a mean diagonal of one (scaled: to a diagonal of ones).
+    /// `G [n, n]`, normalised to a mean diagonal of one (scaled: to a diagonal of ones). Empty in
+    /// a term that only measures.
     pub gram: Vec<f32>,
     /// `G`, packed.
     pub packed: PackedB,
@@ -45,8 +46,18 @@ pub struct GramQuadratic<'a> {
 impl<'a> GramQuadratic<'a> {
     /// The data term of `weight [m, n]` under the sums of its input.
     pub fn new(job: &Job, weight: &'a [f32], stats: &Statistics) -> Result<GramQuadratic<'a>> {
-        let unit = vec![1.0 / mean_root(stats); stats.width()];
-        GramQuadratic::build(job, Cow::Borrowed(weight), stats, &unit)
+        let mut term = GramQuadratic::measuring(job, weight, stats)?;
+        term.gram = normalised(job, stats)?;
+        Ok(term)
+    }
+
+    /// The same for [`GramQuadratic::relative_error`] alone, in half the memory.
+    pub fn measuring(
+        job: &Job,
+        weight: &'a [f32],
+        stats: &Statistics,
+    ) -> Result<GramQuadratic<'a>> {
+        GramQuadratic::build(job, Cow::Borrowed(weight), stats, &unit(stats))
     }
 
     /// The same in the variables `weight * roots`; see [`roots`].
@@ -56,13 +67,23 @@ impl<'a> GramQuadratic<'a> {
         stats: &Statistics,
         roots: &[f32],
     ) -> Result<GramQuadratic<'static>> {
-        let mean = mean_root(stats);
-        let inverse: Vec<f64> = roots.iter().map(|r| 1.0 / (mean * f64::from(*r))).collect();
+        let mut term = GramQuadratic::scaled_measuring(job, weight, stats, roots)?;
+        term.gram = stats.matrix(job, Sum::Gram, &inverse(stats, roots))?;
+        Ok(term)
+    }
+
+    /// Scaled, for measuring alone.
+    pub fn scaled_measuring(
+        job: &Job,
+        weight: &[f32],
+        stats: &Statistics,
+        roots: &[f32],
+    ) -> Result<GramQuadratic<'static>> {
         let mut scaled = weight.to_vec();
         for row in scaled.chunks_exact_mut(roots.len().max(1)) {
             row.iter_mut().zip(roots).for_each(|(w, r)| *w *= r);
         }
-        GramQuadratic::build(job, Cow::Owned(scaled), stats, &inverse)
+        GramQuadratic::build(job, Cow::Owned(scaled), stats, &inverse(stats, roots))
     }
 
     fn build(
@@ -82,12 +103,11 @@ impl<'a> GramQuadratic<'a> {
         if let Some(index) = first_non_finite(&weight) {
             return Err(Error::NonFinite { what: "weight".into(), index });
         }
-        let gram = stats.matrix(job, Sum::Gram, s)?;
-        let packed = PackedB::new(&kernel, &gram, n, n, n);
-        let (linear, constant, energy) = (None, 0.0, 0.0);
+        let packed = stats.packed(job, &kernel, Sum::Gram, s)?;
+        let (gram, linear, constant, energy) = (Vec::new(), None, 0.0, 0.0);
         let mut term = GramQuadratic { kernel, weight, n, gram, packed, linear, constant, energy };
         if stats.corrected() {
-            let packed = |which| Ok(term.pack(&stats.matrix(job, which, s)?));
+            let packed = |which| stats.packed(job, &kernel, which, s);
             let energy = term.form(job, &term.weight, &packed(Sum::Dense)?)?;
             let constant = term.form(job, &term.weight, &packed(Sum::Drift)?)?;
             let linear = term.product(job, &term.weight, &packed(Sum::Cross)?)?;
@@ -101,10 +121,6 @@ impl<'a> GramQuadratic<'a> {
     /// Rows of the term's `linear` that lie in `range` of the flat matrix.
     pub fn linear_rows(&self, range: Range<usize>) -> Option<&[f32]> {
         self.linear.as_ref().map(|b| &b[range])
-    }
-
-    fn pack(&self, matrix: &[f32]) -> PackedB {
-        PackedB::new(&self.kernel, matrix, self.n, self.n, self.n)
     }
 
     /// `tr(A M A^T)`, row blocks in parallel, folded in order.
@@ -131,16 +147,27 @@ impl<'a> GramQuadratic<'a> {
 
     /// `|| V X* - W X ||^2 / || W X ||^2`.
     pub fn relative_error(&self, job: &Job, v: &[f32]) -> Result<f64> {
-        let d: Vec<f32> = v.iter().zip(self.weight.iter()).map(|(a, b)| a - b).collect();
-        let cross = self.linear.as_ref().map_or(0.0, |b| dot(&d, b));
-        let error = self.form(job, &d, &self.packed)? + 2.0 * cross + self.constant;
+        let error = self.difference(job, v, &self.weight, self.linear.as_deref())? + self.constant;
         self.relative(error)
     }
 
     /// `|| (A - B) X* ||^2 / || W X ||^2`.
     pub fn relative_distance(&self, job: &Job, a: &[f32], b: &[f32]) -> Result<f64> {
-        let d: Vec<f32> = a.iter().zip(b).map(|(x, y)| x - y).collect();
-        self.relative(self.form(job, &d, &self.packed)?)
+        self.relative(self.difference(job, a, b, None)?)
+    }
+
+    /// `tr(D G D^T) + 2 <D, linear>` with `D = A - B`, of which a block of rows exists at a time.
+    fn difference(&self, job: &Job, a: &[f32], b: &[f32], linear: Option<&[f32]>) -> Result<f64> {
+        let len = ROW_BLOCK * self.n;
+        let parts = job.map(a.len().div_ceil(len), |i| {
+            let range = i * len..((i + 1) * len).min(a.len());
+            let pairs = a[range.clone()].iter().zip(&b[range.clone()]);
+            let d: Vec<f32> = pairs.map(|(x, y)| x - y).collect();
+            let cross = linear.map_or(0.0, |l| dot(&d, &l[range]));
+            let (rows, mut scratch) = (d.len() / self.n, Scratch::default());
+            Ok(quadratic_form(&self.kernel, &mut scratch, &d, rows, &self.packed) + 2.0 * cross)
+        })?;
+        Ok(parts.iter().sum())
     }
 
     fn relative(&self, error: f64) -> Result<f64> {
@@ -150,6 +177,20 @@ impl<'a> GramQuadratic<'a> {
         // Rounding may leave a tiny negative square; an operator without input has no error.
         Ok(if self.energy > 0.0 { error.max(0.0) / self.energy } else { 0.0 })
     }
+}
+
+/// `G [n, n]`, normalised to a mean diagonal of one.
+pub(super) fn normalised(job: &Job, stats: &Statistics) -> Result<Vec<f32>> {
+    stats.matrix(job, Sum::Gram, &unit(stats))
+}
+
+fn unit(stats: &Statistics) -> Vec<f64> {
+    vec![1.0 / mean_root(stats); stats.width()]
+}
+
+fn inverse(stats: &Statistics, roots: &[f32]) -> Vec<f64> {
+    let mean = mean_root(stats);
+    roots.iter().map(|r| 1.0 / (mean * f64::from(*r))).collect()
 }
 
 /// The root of the mean of `diag(G)`; one where nothing was ever seen.

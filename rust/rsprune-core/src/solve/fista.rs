@@ -70,9 +70,11 @@ impl Default for FistaOptions {
 /// Solves one operator; see the module's header.
 pub fn fista(job: &Job, task: &Task, options: &FistaOptions) -> Result<Solution> {
     check_lambda(options.lambda)?;
-    let term = GramQuadratic::new(job, task.weight, task.calibration)?;
-    let Rounds { values, lambda, rounds } = fista_point(job, task, &term, options)?;
-    let mut solution = task.certify(job, values, &term)?;
+    let Rounds { values, lambda, rounds } = {
+        let term = GramQuadratic::new(job, task.weight, task.calibration)?;
+        fista_point(job, task, &term, options)?
+    };
+    let mut solution = task.certify(job, values)?;
     solution.certificate.lambda = Some(lambda);
     solution.certificate.rounds = rounds;
     solution.certificate.iterations = rounds * options.iterations;

@@ -19,9 +19,9 @@ pub(super) struct Problem<'a> {
 impl<'a> Problem<'a> {
     pub fn new(job: &Job, task: &'a Task) -> Result<Problem<'a>> {
         let roots = roots(task.calibration);
-        let scaled = |stats| GramQuadratic::scaled(job, task.weight, stats, &roots);
-        let term = scaled(task.calibration)?;
-        let heldout = task.heldout.map(scaled).transpose()?;
+        let term = GramQuadratic::scaled(job, task.weight, task.calibration, &roots)?;
+        let measuring = |s| GramQuadratic::scaled_measuring(job, task.weight, s, &roots);
+        let heldout = task.heldout.map(measuring).transpose()?;
         Ok(Problem { task, term, heldout, roots })
     }
 

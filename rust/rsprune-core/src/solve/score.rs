@@ -1,21 +1,19 @@
 //! Methods that choose a mask by a score and leave the kept weights as they are.
 
-use super::{GramQuadratic, Solution, Statistics, Task};
+use super::{Solution, Statistics, Task};
 use crate::error::Result;
 use crate::par::Job;
 
 /// Keeps the largest `|w|`.
 pub fn magnitude(job: &Job, task: &Task) -> Result<Solution> {
-    let term = GramQuadratic::new(job, task.weight, task.calibration)?;
     let mut values = task.weight.to_vec();
     task.pattern.project(&mut values, task.cols(), None);
-    task.certify(job, values, &term)
+    task.certify(job, values)
 }
 
 /// Wanda (arXiv 2306.11695): keeps the largest `|w| sqrt(G_jj)`.
 pub fn wanda(job: &Job, task: &Task) -> Result<Solution> {
-    let term = GramQuadratic::new(job, task.weight, task.calibration)?;
-    task.certify(job, wanda_point(task), &term)
+    task.certify(job, wanda_point(task))
 }
 
 /// Wanda's point, not yet rounded: also the warm start of other methods.

@@ -9,20 +9,30 @@
 //! `1 / R_jj^2`). Masks are chosen as published: of every group when its first column is reached
 //! (keep-of), of every 128 columns when the block is reached (ratios; over all rows, or per row).
 
+use super::datafit::normalised;
 use super::{GramQuadratic, Solution, Task};
 use crate::error::{Error, Result};
+use crate::kernels::Kernel;
 use crate::linalg::{PackedB, ROW_BLOCK, Scratch, gemm, reversed_cholesky, solve_rows};
 use crate::par::Job;
 use crate::pattern::{Pattern, Scope, for_smallest};
+use std::borrow::Cow;
 
 const BLOCK: usize = 128;
 
 /// SparseGPT with relative `damping` (published: 0.01). With corrected inputs it prunes
 /// `W - W P H^-1`, the unconstrained minimiser of the same objective (our reconstruction).
 pub fn sparsegpt(job: &Job, task: &Task, damping: f64) -> Result<Solution> {
-    let term = GramQuadratic::new(job, task.weight, task.calibration)?;
-    let values = sparsegpt_point(job, task.pattern, &term, damping)?;
-    task.certify(job, values, &term)
+    let linear = if task.calibration.corrected() {
+        GramQuadratic::measuring(job, task.weight, task.calibration)?.linear
+    } else {
+        None
+    };
+    let gram = normalised(job, task.calibration)?;
+    let kernel = Kernel::select()?;
+    let operator = (task.weight, linear.as_deref());
+    let values = sweep(job, &kernel, task.pattern, operator, gram, damping)?;
+    task.certify(job, values)
 }
 
 /// SparseGPT's point, not yet rounded: also the warm start of other methods.
@@ -32,29 +42,43 @@ pub(super) fn sparsegpt_point(
     term: &GramQuadratic,
     damping: f64,
 ) -> Result<Vec<f32>> {
-    let n = term.n;
+    let operator = (&*term.weight, term.linear.as_deref());
+    sweep(job, &term.kernel, pattern, operator, term.gram.clone(), damping)
+}
+
+/// The point of `weight` with the linear term `B`, if it has one, for the Gram `r`, which is
+/// factored in place.
+fn sweep(
+    job: &Job,
+    kernel: &Kernel,
+    pattern: Pattern,
+    (weight, linear): (&[f32], Option<&[f32]>),
+    mut r: Vec<f32>,
+    damping: f64,
+) -> Result<Vec<f32>> {
     if !(damping >= 0.0 && damping.is_finite()) {
         return Err(Error::Option(format!("damping: must be at least 0, found {damping}")));
     }
-    let mut r = term.gram.clone();
+    let n = r.len().isqrt();
     (0..n).for_each(|i| r[i * n + i] += damping as f32); // the mean of diag(G) is one
-    reversed_cholesky(job, &term.kernel, &mut r, n, damping)?;
-    let mut target = term.weight.to_vec();
-    if let Some(linear) = &term.linear {
+    reversed_cholesky(job, kernel, &mut r, n, damping)?;
+    let mut target = Cow::Borrowed(weight);
+    if let Some(linear) = linear {
         let shift = solve_rows(job, linear, &r, n)?;
-        target.iter_mut().zip(&shift).for_each(|(w, s)| *w -= s);
+        target.to_mut().iter_mut().zip(&shift).for_each(|(w, s)| *w -= s);
     }
-    let mut sweep = Sweep { n, r: &r, target: &target, values: target.clone() };
+    let mut sweep = Sweep { n, kernel, r: &r, target: &target, values: target.to_vec() };
     for block in (0..n).step_by(BLOCK) {
         let end = (block + BLOCK).min(n);
-        sweep.feed_back(job, term, block, end)?;
-        sweep.prune_block(job, term, pattern, block, end)?;
+        sweep.feed_back(job, block, end)?;
+        sweep.prune_block(job, pattern, block, end)?;
     }
     Ok(sweep.values)
 }
 
 struct Sweep<'a> {
     n: usize,
+    kernel: &'a Kernel,
     r: &'a [f32],
     target: &'a [f32],
     /// Final left of the current block; in it, the weights as they have become by now.
@@ -63,12 +87,13 @@ struct Sweep<'a> {
 
 impl Sweep<'_> {
     /// Brings columns `b0..b1` up to date with everything that was pruned before them.
-    fn feed_back(&mut self, job: &Job, term: &GramQuadratic, b0: usize, b1: usize) -> Result<()> {
+    fn feed_back(&mut self, job: &Job, b0: usize, b1: usize) -> Result<()> {
         if b0 == 0 {
             return Ok(());
         }
         let (n, r, target, w) = (self.n, self.r, self.target, b1 - b0);
-        let packed = PackedB::new(&term.kernel, &r[b0..], b0, w, n);
+        let kernel = self.kernel;
+        let packed = PackedB::new(kernel, &r[b0..], b0, w, n);
         job.map_blocks(&mut self.values, ROW_BLOCK * n, |i, values| {
             let rows = values.len() / n;
             let target = &target[i * ROW_BLOCK * n..];
@@ -80,7 +105,7 @@ impl Sweep<'_> {
             }
             let mut feedback = vec![0.0f32; rows * w];
             let left = (&lost[..], rows, b0);
-            gemm(&term.kernel, &mut Scratch::default(), left, &packed, &mut feedback);
+            gemm(kernel, &mut Scratch::default(), left, &packed, &mut feedback);
             for row in 0..rows {
                 for j in 0..w {
                     values[row * n + b0 + j] += feedback[row * w + j] / r[(b0 + j) * n + b0 + j];
@@ -91,15 +116,8 @@ impl Sweep<'_> {
         Ok(())
     }
 
-    fn prune_block(
-        &mut self,
-        job: &Job,
-        term: &GramQuadratic,
-        pattern: Pattern,
-        b0: usize,
-        b1: usize,
-    ) -> Result<()> {
-        let (n, r, target) = (self.n, self.r, self.target);
+    fn prune_block(&mut self, job: &Job, pattern: Pattern, b0: usize, b1: usize) -> Result<()> {
+        let (n, kernel, r, target) = (self.n, self.kernel, self.r, self.target);
         let shared = match pattern {
             Pattern::Ratio { sparsity, scope: Scope::Matrix } => {
                 Some(self.block_mask(job, sparsity, b0, b1)?)
@@ -111,7 +129,7 @@ impl Sweep<'_> {
                 let at = i * ROW_BLOCK + k;
                 let mask = shared.as_ref().map(|m| &m[at * (b1 - b0)..(at + 1) * (b1 - b0)]);
                 let target = &target[at * n..(at + 1) * n];
-                term.kernel.vectorised(|| prune_row(row, target, r, (b0, b1), pattern, mask));
+                kernel.vectorised(|| prune_row(row, target, r, (b0, b1), pattern, mask));
             }
             Ok(())
         })?;

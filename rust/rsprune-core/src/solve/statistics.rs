@@ -142,6 +142,24 @@ impl Statistics {
         Ok(out)
     }
 
+    /// The same matrix, packed for products, without ever being in memory as it is.
+    pub(super) fn packed(
+        &self,
+        job: &Job,
+        kernel: &Kernel,
+        which: Sum,
+        s: &[f64],
+    ) -> Result<PackedB> {
+        let width = PackedB::panel_width(kernel);
+        PackedB::square(job, kernel, self.n, |rows, columns, tile| {
+            for (j, c) in columns.enumerate() {
+                for (i, r) in rows.clone().enumerate() {
+                    tile[i * width + j] = (self.entry(which, r, c) * (s[r] * s[c])) as f32;
+                }
+            }
+        })
+    }
+
     fn entry(&self, which: Sum, i: usize, j: usize) -> f64 {
         match (which, &self.drift) {
             (Sum::Gram, _) | (Sum::Dense, None) => self.gram.at(i, j),
