@@ -66,7 +66,7 @@ fn gram(c: &mut Criterion) {
         group.throughput(Throughput::Elements((TOKENS * n * n) as u64));
         for threads in [1, 2] {
             let pool = Pool::new(threads).expect("two threads");
-            let mut sums = Statistics::new(n, false);
+            let mut sums = Statistics::new(n, false, None).unwrap();
             sums.add(&Job::new(&pool, &flag), &kernel, &x, None).expect("finite input");
             let expected: f64 = x.chunks(n).map(|row| f64::from(row[0]).powi(2)).sum();
             assert!((sums.diagonal()[0] - expected).abs() < 1e-2);

@@ -61,7 +61,9 @@ class Pattern:
 
 @final
 class Statistics:
-    def __new__(cls, width: int, *, corrected: bool = False) -> Statistics: ...
+    def __new__(
+        cls, width: int, *, corrected: bool = False, spill: Path | None = None
+    ) -> Statistics: ...
     def add(
         self,
         x: NDArray[np.float32],

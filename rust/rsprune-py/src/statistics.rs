@@ -9,6 +9,7 @@ use pyo3::prelude::*;
 use rsprune_core::kernels::Kernel;
 use rsprune_core::pattern::{Pattern as CorePattern, Scope};
 use rsprune_core::solve;
+use std::path::PathBuf;
 use std::sync::{RwLock, RwLockReadGuard};
 
 /// A sparsity pattern: "2:4" or "50%" with scope "row" or "matrix".
@@ -57,7 +58,8 @@ impl Pattern {
     }
 }
 
-/// Sums over the tokens of one shared input of `width` channels; see the core's `Statistics`.
+/// Sums over the tokens of one shared input of `width` channels; see the core's `Statistics`. With
+/// `spill`, a name that is free, their values lie in a file without one instead of in memory.
 #[pyclass(frozen, module = "rsprune._core")]
 pub struct Statistics {
     inner: RwLock<solve::Statistics>,
@@ -95,12 +97,13 @@ type Square<'py> = Bound<'py, PyArray2<f64>>;
 #[pymethods]
 impl Statistics {
     #[new]
-    #[pyo3(signature = (width, *, corrected = false))]
-    fn new(width: usize, corrected: bool) -> PyResult<Statistics> {
+    #[pyo3(signature = (width, *, corrected = false, spill = None))]
+    fn new(width: usize, corrected: bool, spill: Option<PathBuf>) -> PyResult<Statistics> {
         if width == 0 {
             return Err(PyValueError::new_err("width: expected at least one channel, found 0"));
         }
-        Ok(Statistics { inner: RwLock::new(solve::Statistics::new(width, corrected)) })
+        let inner = solve::Statistics::new(width, corrected, spill.as_deref()).map_err(to_py)?;
+        Ok(Statistics { inner: RwLock::new(inner) })
     }
 
     /// Adds inputs `x [tokens, width]` and, if corrected, the `dense` model's for the same tokens.

@@ -2,6 +2,7 @@
 //! inverse, one largest eigenvalue, one assignment. Everything is serial inside of a row block; blocks run in parallel.
 
 mod assignment;
+mod buffer;
 mod cholesky;
 mod gemm;
 mod gram;

@@ -59,26 +59,26 @@ impl PackedB {
         PackedB { k, n, nr, data }
     }
 
-    /// A square whose entries `fill(rows, columns, panel)` writes, a tile of a panel at a time; so
+    /// `B [k, n]` whose entries `fill(rows, columns, tile)` writes, a tile of a panel at a time; so
     /// the matrix itself need not be in memory beside its packed form.
-    pub fn square(
+    pub fn filled(
         job: &Job,
         kernel: &Kernel,
-        n: usize,
+        (k, n): (usize, usize),
         fill: impl Fn(Range<usize>, Range<usize>, &mut [f32]) + Sync,
     ) -> Result<PackedB> {
         const TILE: usize = 64;
         let nr = kernel.nr;
-        let mut data = Aligned::zeros(n.div_ceil(nr) * nr * n);
-        let used = n.div_ceil(nr) * nr * n;
-        job.map_blocks(&mut data.as_mut()[..used], (nr * n).max(1), |j, panel| {
+        let used = n.div_ceil(nr) * nr * k;
+        let mut data = Aligned::zeros(used);
+        job.map_blocks(&mut data.as_mut()[..used], (nr * k).max(1), |j, panel| {
             for (t, tile) in panel.chunks_mut(TILE * nr).enumerate() {
                 let rows = t * TILE..t * TILE + tile.len() / nr;
                 fill(rows, j * nr..((j + 1) * nr).min(n), tile);
             }
             Ok(())
         })?;
-        Ok(PackedB { k: n, n, nr, data })
+        Ok(PackedB { k, n, nr, data })
     }
 
     /// Elements from one row of a panel to its next.

@@ -291,7 +291,7 @@ mod tests {
         let weight: Vec<f32> = (0..rows * n).map(|i| noise(i * 3 + 1)).collect();
         let (pool, flag) = (Pool::new(2).unwrap(), AtomicBool::new(false));
         let job = Job::new(&pool, &flag);
-        let mut calibration = Statistics::new(n, false);
+        let mut calibration = Statistics::new(n, false, None).unwrap();
         calibration.add(&job, &Kernel::select().unwrap(), &x, None).unwrap();
         let (float, pattern) = (Float::F32, Pattern::KeepOf { keep: 2, of: 4 });
         let task =

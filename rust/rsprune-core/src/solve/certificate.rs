@@ -1,6 +1,7 @@
 //! What a method is given, and what it must answer for.
 
-use super::{GramQuadratic, Statistics};
+use super::Statistics;
+use super::measure::relative_error;
 use crate::error::Result;
 use crate::float::Float;
 use crate::par::Job;
@@ -63,12 +64,10 @@ impl Task<'_> {
         self.calibration.width()
     }
 
-    /// Rounds `values` to the stored type and measures them there; one data term at a time, after
-    /// the solver's own is gone.
+    /// Rounds `values` to the stored type and measures them there.
     pub(super) fn certify(&self, job: &Job, mut values: Vec<f32>) -> Result<Solution> {
         self.store(&mut values);
-        let measure =
-            |stats| GramQuadratic::measuring(job, self.weight, stats)?.relative_error(job, &values);
+        let measure = |stats| relative_error(job, self.weight, &values, stats);
         let error = measure(self.calibration)?;
         let heldout = self.heldout.map(measure).transpose()?;
         let certificate = Certificate { error, heldout, ..self.certificate(&values) };

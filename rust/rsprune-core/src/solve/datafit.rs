@@ -9,6 +9,7 @@
 //! then preconditioned, and a weight's size is what it does to the output.
 
 use super::Statistics;
+use super::measure::ratio;
 use super::statistics::Sum;
 use crate::error::{Error, Result};
 use crate::float::first_non_finite;
@@ -148,12 +149,12 @@ impl<'a> GramQuadratic<'a> {
     /// `|| V X* - W X ||^2 / || W X ||^2`.
     pub fn relative_error(&self, job: &Job, v: &[f32]) -> Result<f64> {
         let error = self.difference(job, v, &self.weight, self.linear.as_deref())? + self.constant;
-        self.relative(error)
+        ratio(error, self.energy)
     }
 
     /// `|| (A - B) X* ||^2 / || W X ||^2`.
     pub fn relative_distance(&self, job: &Job, a: &[f32], b: &[f32]) -> Result<f64> {
-        self.relative(self.difference(job, a, b, None)?)
+        ratio(self.difference(job, a, b, None)?, self.energy)
     }
 
     /// `tr(D G D^T) + 2 <D, linear>` with `D = A - B`, of which a block of rows exists at a time.
@@ -168,14 +169,6 @@ impl<'a> GramQuadratic<'a> {
             Ok(quadratic_form(&self.kernel, &mut scratch, &d, rows, &self.packed) + 2.0 * cross)
         })?;
         Ok(parts.iter().sum())
-    }
-
-    fn relative(&self, error: f64) -> Result<f64> {
-        if !error.is_finite() || !self.energy.is_finite() {
-            return Err(Error::NonFinite { what: "squared output error".into(), index: 0 });
-        }
-        // Rounding may leave a tiny negative square; an operator without input has no error.
-        Ok(if self.energy > 0.0 { error.max(0.0) / self.energy } else { 0.0 })
     }
 }
 

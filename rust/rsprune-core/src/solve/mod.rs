@@ -14,6 +14,7 @@ mod datafit;
 mod descent;
 mod fista;
 mod fista_plus;
+mod measure;
 mod permute;
 mod polish;
 mod problem;

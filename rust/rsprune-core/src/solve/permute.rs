@@ -178,7 +178,7 @@ mod tests {
         let job = Job::new(&pool, &flag);
         let mut white = vec![0.0f32; n * n];
         (0..n).for_each(|i| white[i * n + i] = 1.0);
-        let mut calibration = Statistics::new(n, false);
+        let mut calibration = Statistics::new(n, false, None).unwrap();
         calibration.add(&job, &Kernel::select().unwrap(), &white, None).unwrap();
         let float = Float::F32;
         let task = Task { weight, float, pattern, calibration: &calibration, heldout: None };

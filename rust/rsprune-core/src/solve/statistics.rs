@@ -12,6 +12,8 @@ use crate::float::first_non_finite;
 use crate::kernels::Kernel;
 use crate::linalg::{GramSum, PackedB};
 use crate::par::Job;
+use std::ops::Range;
+use std::path::Path;
 
 /// Running sums of one group of operators that share their input of `n` channels.
 pub struct Statistics {
@@ -22,7 +24,7 @@ pub struct Statistics {
 }
 
 /// Which matrix of the sums.
-#[derive(Clone, Copy)]
+#[derive(Clone, Copy, PartialEq)]
 pub(super) enum Sum {
     /// `G`.
     Gram,
@@ -40,11 +42,15 @@ struct Drift {
 }
 
 impl Statistics {
-    /// Empty sums; `corrected` says that the compressed and the dense inputs differ.
-    pub fn new(n: usize, corrected: bool) -> Statistics {
-        let drift =
-            corrected.then(|| Drift { cross: GramSum::new(n, false), gram: GramSum::new(n, true) });
-        Statistics { n, tokens: 0, gram: GramSum::new(n, true), drift }
+    /// Empty sums; `corrected` says that the compressed and the dense inputs differ. With `spill`,
+    /// the name of a file that may be made, their values are not in memory.
+    pub fn new(n: usize, corrected: bool, spill: Option<&Path>) -> Result<Statistics> {
+        let sum = |ending, symmetric| {
+            GramSum::new(n, symmetric, spill.map(|path| path.with_extension(ending)).as_deref())
+        };
+        let drift = |()| Ok(Drift { cross: sum("cross", false)?, gram: sum("drift", true)? });
+        let drift = corrected.then_some(()).map(drift).transpose()?;
+        Ok(Statistics { n, tokens: 0, gram: sum("gram", true)?, drift })
     }
 
     /// Adds one batch of inputs `x [tokens, n]`; `dense`, of the same shape, are the inputs in
@@ -150,9 +156,21 @@ impl Statistics {
         which: Sum,
         s: &[f64],
     ) -> Result<PackedB> {
-        let width = PackedB::panel_width(kernel);
-        PackedB::square(job, kernel, self.n, |rows, columns, tile| {
-            for (j, c) in columns.enumerate() {
+        self.packed_columns(job, kernel, which, s, 0..self.n)
+    }
+
+    /// Some of its columns.
+    pub(super) fn packed_columns(
+        &self,
+        job: &Job,
+        kernel: &Kernel,
+        which: Sum,
+        s: &[f64],
+        columns: Range<usize>,
+    ) -> Result<PackedB> {
+        let (width, shape) = (PackedB::panel_width(kernel), (self.n, columns.len()));
+        PackedB::filled(job, kernel, shape, |rows, panel, tile| {
+            for (j, c) in panel.map(|j| columns.start + j).enumerate() {
                 for (i, r) in rows.clone().enumerate() {
                     tile[i * width + j] = (self.entry(which, r, c) * (s[r] * s[c])) as f32;
                 }
