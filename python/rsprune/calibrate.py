@@ -11,7 +11,7 @@ Two paths at most: *dense* (the original weights) and *own* (the weights as comp
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,10 +20,11 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from rsprune import _core
-from rsprune.blocks import Group, LayerStructure
+from rsprune.blocks import Group, LayerStructure, Stage
 from rsprune.checkpoint import TORCH_DTYPES
 from rsprune.config import Config
 from rsprune.errors import RspruneError
+from rsprune.experts import RoutedInputs
 from rsprune.layer_path import LayerPath, as_rows, twin
 from rsprune.methods.base import Inputs
 from rsprune.pool import TensorPool
@@ -81,14 +82,11 @@ class LayerJob:
         The caller gives the group's new weights to `set_weight` before it asks for the next one.
         """
         self.open(dense, own)
-        if self.inputs.true_sequential:
-            stages: list[tuple[Group, ...]] = [(group,) for group in self.structure.groups]
-        else:
-            stages = [self.structure.groups]
+        stages = self.structure.stages(sequential=self.inputs.true_sequential)
         for number, stage in enumerate(stages):
             with self.timing.stage("calibrate"):
                 statistics = self._collect(stage, first=number == 0)
-            for group in stage:
+            for group in stage.groups:
                 yield group, statistics.pop(group)
 
     def set_weight(self, linear: str, weight: NDArray[Any], dtype: str) -> None:
@@ -176,19 +174,24 @@ class LayerJob:
             return self.store(f"{kind} {linear}", width)
 
         keeps = cache if self.inputs.true_sequential else None
-        return LayerPath(layer, self.structure, self.kwargs, hidden, keeps, pool)
+        routed = None
+        if self.structure.experts is not None:
+            routed = RoutedInputs(self.store(f"{kind} experts", hidden.channels))
+        return LayerPath(layer, self.structure, self.kwargs, hidden, keeps, pool, routed)
 
-    def _collect(self, stage: Sequence[Group], *, first: bool) -> dict[Group, GroupStatistics]:
-        alike = self._own is None or (first and self._same_start)
+    def _collect(self, stage: Stage, *, first: bool) -> dict[Group, GroupStatistics]:
+        unpruned = first or not self.inputs.true_sequential
+        alike = self._own is None or (unpruned and self._same_start)
         corrected = self.inputs.target == "dense" and not alike
         statistics = {
             group: GroupStatistics.empty(group.width, self.split, corrected=corrected)
-            for group in stage
+            for group in stage.groups
         }
         for window in range(self.split.count):
-            dense = self._dense_inputs(window, stage, first=first, needed=alike or corrected)
-            own = dense if alike else self._own_inputs(window, stage)
-            for group in stage:
+            own = {} if alike else self._own_inputs(window, stage)
+            dense = self._dense_inputs(window, stage, first=first, alike=alike, needed=corrected)
+            own = dense if alike else own
+            for group in stage.groups:
                 reference = None
                 if corrected:
                     reference = torch.lerp(own[group], dense[group], self.correction)
@@ -196,18 +199,27 @@ class LayerJob:
         return statistics
 
     def _dense_inputs(
-        self, window: int, stage: Sequence[Group], *, first: bool, needed: bool
+        self, window: int, stage: Stage, *, first: bool, alike: bool, needed: bool
     ) -> dict[Group, Tensor]:
-        """Inputs in the dense layer; its output is taken along in the first stage."""
+        """Inputs in the dense layer; its output is taken along in the first stage.
+
+        Tokens that are compared with those of the own path are those that its router chose.
+        """
         if self._dense is None:
             return {}
         if first:
             caught, output = self._dense.inputs_and_output(window, stage)
             self._next.put(window, output)
             return caught
-        return self._dense.inputs(window, stage) if needed else {}
+        if alike:
+            return self._dense.inputs(window, stage)
+        if not needed:
+            return {}
+        assert self._own is not None
+        numbers = self._own.routing(window) if stage.of_expert else None
+        return self._dense.inputs(window, stage, numbers)
 
-    def _own_inputs(self, window: int, stage: Sequence[Group]) -> dict[Group, Tensor]:
+    def _own_inputs(self, window: int, stage: Stage) -> dict[Group, Tensor]:
         assert self._own is not None
         return self._own.inputs(window, stage)
 

@@ -40,6 +40,7 @@ class LayerRun:
         changed: tensors to be stored, by on-disk name, as they are stored.
         permutations: what `permute` did, as the journal keeps it.
         passes: partial runs over the windows beside those of `job`.
+        starved: experts that saw too few tokens for the run's method.
     """
 
     index: int
@@ -52,6 +53,7 @@ class LayerRun:
     changed: dict[str, NDArray[Any]] = field(default_factory=dict)
     permutations: list[dict[str, Any]] = field(default_factory=list)
     passes: float = 0.0
+    starved: set[int] = field(default_factory=set)
 
     @cached_property
     def operators(self) -> dict[str, Operator]:
@@ -100,11 +102,14 @@ class LayerRun:
         if (operator := self.operators.get(linear)) is None:
             return
         started = time.perf_counter()
+        method = self._method(operator, statistics)
         with self.job.timing.stage("solve"):
-            weight, certificate = self._solve(operator, statistics)
+            weight, certificate = self._solve(method, operator, statistics)
+        if certificate["tokens"] == 0:
+            certificate["error"] = None  # not zero: nothing was measured
         self.changed[operator.name] = weight
         self.job.set_weight(linear, weight, operator.dtype)
-        method = methods.get(self.config.method)
+        scope = self.config.scope or methods.get(self.config.method).scope
         self.journal.write(
             "tensor",
             name=operator.name,
@@ -113,22 +118,41 @@ class LayerRun:
             dtype=operator.dtype,
             method=method.name,
             pattern=str(self.patterns[operator.name]),
-            scope="matrix" if self.config.allocate else self.config.scope or method.scope,
+            scope="matrix" if self.config.allocate else scope,
             seconds=time.perf_counter() - started,
             **certificate,
         )
         self.progress.step(f"{self._place} {linear}", certificate["error"])
 
-    def _solve(self, operator: Operator, statistics: GroupStatistics) -> methods.Pruned:
+    def _method(self, operator: Operator, statistics: GroupStatistics) -> methods.Method:
+        """The run's method, or the one that needs no data where an expert saw too few tokens."""
+        tokens = statistics.calibration.tokens
+        if operator.expert is None or not methods.starved(tokens, operator.columns):
+            return methods.get(self.config.method)
+        self.starved.add(operator.expert)
+        return methods.get(methods.DATA_FREE)
+
+    def _solve(
+        self, method: methods.Method, operator: Operator, statistics: GroupStatistics
+    ) -> methods.Pruned:
         task, threads = self._task(operator, statistics), self.job.threads
         model_type = self.prepared.skeleton.config.model_type
         try:
-            pruned = methods.get(self.config.method).solve(
-                task, self.config, model_type=model_type, threads=threads
-            )
+            pruned = method.solve(task, self.config, model_type=model_type, threads=threads)
+            if method.name != self.config.method:
+                return pruned
             return methods.polish(task, pruned, self.config, threads=threads)
         except ValueError as error:
             raise RspruneError(f"{operator.name}: {error}") from None
+
+    def warn(self) -> None:
+        """Says which experts were not pruned by the run's method."""
+        if self.starved and self.config.method != methods.DATA_FREE:
+            experts = ", ".join(str(expert) for expert in sorted(self.starved))
+            self.progress.note(
+                f"warning: {self._place}: too few tokens for experts {experts}; pruned by "
+                f"{methods.DATA_FREE} (the report's tokens say how many)"
+            )
 
     def tune(self) -> dict[str, float]:
         """Fits the kept weights and norms; returns what the report says of it."""

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from rsprune import _core
-from rsprune.blocks import LayerStructure
+from rsprune.blocks import LayerStructure, Stage
 from rsprune.layer_path import LayerPath, as_rows, run_layer, with_parameters
 
 WINDOWS = 8
@@ -90,7 +90,8 @@ def _candidates(
         for group in structure.groups
         for linear in group.linears
     }
-    for before, after in zip(structure.groups, structure.groups[1:], strict=False):
+    shared = [group for group in structure.groups if group.expert is None]
+    for before, after in zip(shared, shared[1:], strict=False):
         for consumer in after.linears[:1] if len(after.linears) == 1 else ():
             last = before.linears[-1]
             if all(rows[linear] in (after.width, 2 * after.width) for linear in before.linears):
@@ -135,6 +136,6 @@ def consumer_sums(
     groups = [group for group in path.structure.groups if wanted & set(group.linears)]
     sums = {group.linears[0]: _core.Statistics(group.width) for group in groups}
     for window in range(windows):
-        for group, caught in path.inputs(window, groups).items():
+        for group, caught in path.inputs(window, Stage(tuple(groups))).items():
             sums[group.linears[0]].add(as_rows(caught), threads=threads)
     return sums

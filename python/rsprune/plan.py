@@ -7,18 +7,21 @@ from __future__ import annotations
 
 import fnmatch
 import math
+from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 
 import psutil
 import torch
+from torch import nn
 
 from rsprune import _core, methods
-from rsprune.blocks import Group
+from rsprune.blocks import LayerStructure
 from rsprune.checkpoint import FLOATS, Checkpoint, TensorInfo, finished_bytes, free_bytes
 from rsprune.config import Config
 from rsprune.data import split_heldout
 from rsprune.errors import DoesNotFitError, UsageError
+from rsprune.experts import StoredLinear
 from rsprune.memory import KEPT_BYTES, memory_limit, rss_anon
 from rsprune.methods.base import Inputs
 from rsprune.skeleton import Skeleton
@@ -42,6 +45,7 @@ class Operator:
     columns: int
     dtype: str
     group: int
+    expert: int | None = None
 
 
 @dataclass(frozen=True)
@@ -103,7 +107,7 @@ def prepare(folder: Path, config: Config, out: Path | None) -> Prepared:
     stream = Stream(skeleton)
     opening = stream.open(config.seq_len)
     operators, ignored = _operators(skeleton, opening, config, pattern)
-    memory = _memory(skeleton, opening, inputs, config)
+    memory = _memory(skeleton, opening, inputs, config, operators)
     limit = config.memory or memory_limit()
     peak, spill = _fit(memory, limit)
     plan = Plan(
@@ -176,7 +180,9 @@ def _operators(
                 shape = tuple(skeleton.model.get_parameter(parameter).shape)
                 _check_tensor(info, shape, pattern)
                 rows, columns = info.shape
-                operators.append(Operator(name, layer, linear, rows, columns, info.dtype, index))
+                operators.append(
+                    Operator(name, layer, linear, rows, columns, info.dtype, index, group.expert)
+                )
     if not operators:
         raise UsageError(f"ignore {list(config.ignore)}: nothing is left to prune")
     return operators, ignored
@@ -196,11 +202,18 @@ def _check_tensor(info: TensorInfo, shape: tuple[int, ...], pattern: _core.Patte
         raise UsageError(str(error)) from None
 
 
-def _memory(skeleton: Skeleton, opening: Opening, inputs: Inputs, config: Config) -> dict[str, int]:
+def _memory(
+    skeleton: Skeleton,
+    opening: Opening,
+    inputs: Inputs,
+    config: Config,
+    operators: list[Operator],
+) -> dict[str, int]:
     """Peak of anonymous memory by part; calibration passes run in float32."""
     layer = max(sum(p.numel() for p in layer.parameters()) for layer in skeleton.layers)
+    widened = max(_widened(layer) for layer in skeleton.layers)
     paths = 2 if inputs.true_sequential or inputs.target == "dense" or config.tune_block else 1
-    grams = max(_gram_bytes(s.groups, inputs, config) for s in opening.structures)
+    grams = max(_gram_bytes(s, inputs, config) for s in opening.structures)
     width = max(g.width for s in opening.structures for g in s.groups)
     widest = max(p.numel() for layer in skeleton.layers for p in layer.parameters() if p.dim() == 2)
     channels = skeleton.channels
@@ -210,10 +223,12 @@ def _memory(skeleton: Skeleton, opening: Opening, inputs: Inputs, config: Config
         held = 3
     matrices, squares = methods.get(config.method).workspace
     paths_cached = 2 if inputs.needs_dense or config.tune_block else 1
-    cached = paths_cached if inputs.true_sequential else 0
+    routed = any(structure.experts for structure in opening.structures)
+    cached = paths_cached * (int(inputs.true_sequential) + int(routed))
     return {
         "python, torch and the model's structure": rss_anon(),
-        "decoder layer (float32)": layer * 4 * paths,
+        "decoder layer (float32)": widened * 4 * paths,
+        "pruned weights until they are written": _pruned_bytes(skeleton, operators),
         "Grams": grams,
         "solver": widest * 4 * matrices + width * width * 4 * squares,
         "tuning": _tuning_bytes(layer, width, channels, config),
@@ -221,6 +236,26 @@ def _memory(skeleton: Skeleton, opening: Opening, inputs: Inputs, config: Config
         "freed pages that the allocator keeps": KEPT_BYTES + 32 * 2**20,
         "hidden states": config.samples * window * (held + cached),
     }
+
+
+def _widened(layer: nn.Module) -> int:
+    """Weights that are held in float32: all but those of experts, and one matrix of these."""
+    own = {
+        id(p): p.numel()
+        for module in layer.modules()
+        for p in module.parameters(recurse=False)
+        if not isinstance(module, StoredLinear)
+    }
+    lent = (m.weight.numel() for m in layer.modules() if isinstance(m, StoredLinear))
+    return sum(own.values()) + max(lent, default=0)
+
+
+def _pruned_bytes(skeleton: Skeleton, operators: list[Operator]) -> int:
+    """Of the largest layer, as stored."""
+    layers: Counter[int] = Counter()
+    for operator in operators:
+        layers[operator.layer] += skeleton.checkpoint.tensors[operator.name].nbytes
+    return max(layers.values())
 
 
 def _tuning_bytes(layer: int, width: int, channels: int, config: Config) -> int:
@@ -233,12 +268,15 @@ def _tuning_bytes(layer: int, width: int, channels: int, config: Config) -> int:
     return layer * 4 * (5 + side_by_side) + side_by_side * remembered
 
 
-def _gram_bytes(groups: tuple[Group, ...], inputs: Inputs, config: Config) -> int:
+def _gram_bytes(structure: LayerStructure, inputs: Inputs, config: Config) -> int:
+    """Sums that are held at the same time: those of the stage that needs most."""
     kinds = 2 if config.heldout > 0 else 1
     drifts = inputs.true_sequential or inputs.propagate == "model"
     squares = 2.0 if inputs.target == "dense" and drifts else 0.5  # two halves and a whole, or one
-    each = [int(g.width * (g.width + GRAM_BLOCK) * squares) * GRAM_BYTES * kinds for g in groups]
-    return max(each) if inputs.true_sequential else sum(each)
+    return max(
+        sum(int(g.width * (g.width + GRAM_BLOCK) * squares) for g in stage.groups)
+        for stage in structure.stages(sequential=inputs.true_sequential)
+    ) * (GRAM_BYTES * kinds)
 
 
 def _fit(memory: dict[str, int], limit: int) -> tuple[int, bool]:

@@ -238,6 +238,7 @@ class _Run:
             for linear in group.linears:
                 layer.prune(linear, statistics)
             del statistics  # or they would be held while the next group's are summed
+        layer.warn()
         tuning = {"tuning": layer.tune()} if self.config.tune_block else {}
         dense, own = job.advance()
         passes = job.passes + layer.passes

@@ -18,6 +18,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from rsprune.checkpoint import Checkpoint
 from rsprune.errors import UsageError
+from rsprune.experts import StoredLinear, unfuse
 from rsprune.pool import TensorPool
 
 if TYPE_CHECKING:
@@ -75,6 +76,7 @@ class Skeleton:
                 if buffer is not None:
                     buffered._buffers[name] = buffer.to(self.device)
         self.layer_prefix, self.layers = _decoder_layers(self.model)
+        unfuse(self.layers, self.layer_prefix)
         self._tied = _tied_names(self.model)
         self._renamed = _renamed(self.model, checkpoint.tensors)
         self._disk_names = {name: disk_name for disk_name, name in self._renamed.items()}
@@ -119,6 +121,11 @@ class Skeleton:
 
     def load(self, name: str) -> Tensor:
         """Parameter `name` as float32 on the device, in a buffer of the pool."""
+        tensor = self.view(name)
+        return self.pool.take(tensor.shape).copy_(tensor)
+
+    def view(self, name: str) -> Tensor:
+        """Parameter `name` as it is stored, in the memory of its shard."""
         disk_name = self.disk_name(name)
         if disk_name is None:
             raise MissingTensorsError([name], self.checkpoint.folder)
@@ -127,7 +134,7 @@ class Skeleton:
         if tuple(tensor.shape) != expected:
             found = f"{disk_name}: expected shape {list(expected)} from config.json"
             raise UsageError(f"{found}, found {list(tensor.shape)}")
-        return self.pool.take(tensor.shape).copy_(tensor)
+        return tensor
 
     @contextlib.contextmanager
     def materialised(self, names: list[str]) -> Iterator[None]:
@@ -181,12 +188,12 @@ class Skeleton:
         return next(names)
 
     def load_layer(self, index: int) -> None:
-        """Brings all parameters of decoder layer `index` into memory."""
+        """Brings decoder layer `index` into memory; weights of experts stay views of the disk."""
         layer = self.layers[index]
         for name, _ in list(layer.named_parameters()):
             module, _, leaf = name.rpartition(".")
-            tensor = self.load(self.layer_name(index, name))
-            owner = layer.get_submodule(module)
+            owner, full_name = layer.get_submodule(module), self.layer_name(index, name)
+            tensor = (self.view if isinstance(owner, StoredLinear) else self.load)(full_name)
             owner._parameters[leaf] = nn.Parameter(tensor, requires_grad=False)
 
     def drop_layer(self, index: int) -> None:
@@ -196,7 +203,8 @@ class Skeleton:
                 if parameter is not None and parameter.device.type != "meta":
                     empty = nn.Parameter(parameter.to("meta"), requires_grad=False)
                     module._parameters[leaf] = empty
-                    self.pool.give_back(parameter.data)
+                    if not isinstance(module, StoredLinear):
+                        self.pool.give_back(parameter.data)
 
 
 def load_tokenizer(folder: Path, trust_remote_code: bool = False) -> Any:

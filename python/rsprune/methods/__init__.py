@@ -14,7 +14,21 @@ from rsprune.methods.polish import polish
 from rsprune.methods.sparsegpt import SparseGPT
 from rsprune.methods.wanda import Wanda
 
-__all__ = ["Inputs", "Method", "Operator", "Pruned", "get", "inputs_of", "names", "polish"]
+__all__ = [
+    "DATA_FREE",
+    "Inputs",
+    "Method",
+    "Operator",
+    "Pruned",
+    "get",
+    "inputs_of",
+    "names",
+    "polish",
+    "starved",
+]
+
+DATA_FREE = Magnitude.name
+"""What prunes an expert whose tokens are too few for the run's method."""
 
 _ALL: tuple[Method, ...] = (
     Magnitude(), Wanda(), SparseGPT(), Fista(), FistaPlus(), Admm(), Best(),
@@ -33,6 +47,11 @@ def get(name: str) -> Method:
         return _METHODS[name]
     except KeyError:
         raise UsageError(f"method {name!r}: expected one of {', '.join(_METHODS)}") from None
+
+
+def starved(tokens: int, columns: int) -> bool:
+    """Whether an expert's tokens are too few to say how its `columns` input channels vary."""
+    return tokens < columns
 
 
 def inputs_of(method: Method, config: Config) -> Inputs:
