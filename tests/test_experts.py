@@ -1,15 +1,15 @@
 """Mixture-of-experts: the same mathematics, one Gram an expert, routers as they were."""
 
 import itertools
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from test_calibrate import ALL_INPUTS, SPLIT, TOKENS, Naive, Walk, close, contents, label
+from test_calibrate import ALL_INPUTS, Naive, Walk, close, contents, label
 from test_streaming import streamed_logits
 from tiny_models import LAYERS, Run, make, ordinary, tensors_of, token_ids
 from torch.nn.functional import linear, silu
@@ -21,11 +21,13 @@ from rsprune.config import Config
 from rsprune.errors import UsageError
 from rsprune.experts import FUSED, Experts, unfuse
 from rsprune.methods.base import Inputs
-from rsprune.plan import prepare
+from rsprune.methods.few_tokens import DATA_FREE, too_few
 from rsprune.progress import NullProgress
 from rsprune.report import load_report
 from rsprune.run import compress
 from rsprune.skeleton import Skeleton
+from rsprune.tables import certificate_table
+from rsprune.verify import verify
 
 Runs = Callable[[str, str, str], Run]
 Tiny = Callable[..., Path]
@@ -36,7 +38,6 @@ CASES = [
         ("mixtral", "qwen3_moe"), ("magnitude", "wanda", "sparsegpt")
     )
 ]
-ROUTERS = (".gate.weight", ".shared_expert_gate.weight")
 
 
 def experts_of(layer: Any) -> Any:
@@ -187,3 +188,125 @@ def test_sums_of_every_expert(tiny: Tiny, kind: str, inputs: Inputs):
         assert (unpruned - pruned).norm() > 0.1 * unpruned.norm()
         expected = pruned if inputs.propagate == "model" else unpruned
         torch.testing.assert_close(contents(own), expected, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("case", CASES, ids=" ".join)
+def test_compressed_models(compressed: Runs, case: Any):
+    """Plain transformers loads what was written, and gives the logits that the streaming gives."""
+    run, (kind, method, _) = compressed(*case), case
+    report, ids = load_report(run.out), token_ids(2, 16)
+    assert verify(run.out) == []
+    before, after = tensors_of(run.model), tensors_of(run.out)
+    assert set(before) == set(after)
+    experts = {name for name in before if ".experts." in name}
+    assert len(experts) == (3 * 4 * 3 if kind == "mixtral" else 2 * 6 * 3)
+    assert experts < {record["name"] for record in report.tensors}
+    for record in report.tensors:
+        zeros = after[record["name"]] == 0
+        assert zeros.reshape(-1, 4).sum(1).min() >= 2
+        few = too_few(method, tokens=record["tokens"], columns=record["shape"][1])
+        rule = DATA_FREE if few and record["name"] in experts else method
+        assert record["method"] == rule
+    for name in before:
+        if ".mlp.gate.weight" in name or ".block_sparse_moe.gate.weight" in name:
+            assert torch.equal(before[name], after[name])
+    loaded = ordinary(run.out)(ids).logits
+    streamed = streamed_logits(Skeleton(Checkpoint.open(run.out)), ids)
+    torch.testing.assert_close(streamed, loaded, rtol=1e-5, atol=1e-5)
+    assert (loaded - ordinary(run.model)(ids).logits).abs().max() > 0.1  # it was pruned
+
+
+@pytest.mark.parametrize("kind", ["mixtral", "qwen3_moe"])
+def test_tokens_are_counted(compressed: Runs, kind: str):
+    """Every token goes to two experts; the middle layer of the Qwen model has none."""
+    run = compressed(kind, "wanda", "2:4")
+    tokens = 4 * 32  # calibration windows without the held-out ones
+    found: dict[tuple[int, str], int] = {}
+    for record in load_report(run.out).tensors:
+        if ".experts." in record["name"]:
+            key = record["layer"], record["name"].split(".")[-2]
+            found[key] = found.get(key, 0) + record["tokens"]
+        else:
+            assert record["tokens"] == tokens
+    assert set(found.values()) == {2 * tokens}
+    assert {layer for layer, _ in found} == ({0, 1, 2} if kind == "mixtral" else {0, 2})
+
+
+@pytest.fixture(scope="module")
+def unreached(tiny: Tiny, documents: Path, tmp_path_factory: pytest.TempPathFactory) -> Run:
+    """A model whose first router never chooses expert 2, pruned by SparseGPT."""
+    folder = tmp_path_factory.mktemp("unreached")
+    model, out = folder / "model", folder / "out"
+    shutil.copytree(tiny("qwen3_moe"), model)
+    tensors = load_file(model / "model.safetensors")
+    gate = tensors["model.layers.0.mlp.gate.weight"]
+    gate[1], gate[4], gate[2] = -gate[0], -gate[3], 0  # two of the others have positive logits
+    save_file(tensors, model / "model.safetensors", {"format": "pt"})
+    options: dict[str, Any] = {"samples": 60, "seq_len": 32, "heldout": 0.34, "threads": 1}
+    notes = Notes()
+    config = Config(calibration=str(documents), **options)
+    compress(model, out, config, progress=notes)
+    assert [n for n in notes.lines if "layer 1/3" in n and "experts 2" in n and "magnitude" in n]
+    return Run(model, out, config)
+
+
+class Notes(NullProgress):
+    """Keeps what a run says."""
+
+    def __init__(self) -> None:
+        self.lines: list[str] = []
+
+    def note(self, text: str) -> None:
+        self.lines.append(text)
+
+
+def test_an_expert_that_no_token_reaches(unreached: Run):
+    """Pruned by magnitude, with no error claimed; all others by the method of the run."""
+    report = load_report(unreached.out)
+    before, after = tensors_of(unreached.model), tensors_of(unreached.out)
+    starved = [r for r in report.tensors if r["method"] != "sparsegpt"]
+    assert {r["name"].rpartition(".experts.")[2] for r in starved} == {
+        f"2.{leaf}_proj.weight" for leaf in ("gate", "up", "down")
+    }
+    for record in starved:
+        assert (record["layer"], record["tokens"], record["method"]) == (0, 0, "magnitude")
+        assert record["error"] is None
+        assert record["heldout_error"] is None
+        dense = before[record["name"]].float().abs().reshape(-1, 4)
+        kept = (after[record["name"]] != 0).reshape(-1, 4)
+        assert (kept.sum(1) == 2).all()
+        lost = torch.where(kept, 0.0, dense).amax(1)
+        assert (torch.where(kept, dense, torch.inf).amin(1) >= lost).all()
+    assert verify(unreached.out) == []
+    loaded = ordinary(unreached.out)(token_ids(2, 16)).logits
+    streamed = streamed_logits(Skeleton(Checkpoint.open(unreached.out)), token_ids(2, 16))
+    torch.testing.assert_close(streamed, loaded, rtol=1e-5, atol=1e-5)
+
+
+def test_too_few_tokens_are_shown(unreached: Run):
+    report = load_report(unreached.out)
+    sentence = "3 of 51 tensors lie in experts that saw too few tokens (0 to 0)"
+    assert report.few_tokens is not None
+    assert sentence in report.few_tokens
+    assert sentence in (unreached.out / "README.md").read_text()
+    assert sentence in str(certificate_table(report).caption)
+    assert report.tensors[0]["tokens"] == 40 * 32
+
+
+def test_an_unknown_class_of_experts_is_refused(tiny: Tiny, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.delitem(FUSED, "MixtralExperts")
+    with pytest.raises(UsageError, match=r"model\.layers\.0\.mlp\.experts: .*found MixtralExperts"):
+        Skeleton(Checkpoint.open(tiny("mixtral")))
+
+
+def test_fused_parameters_are_refused_under_any_name():
+    class Stack(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.matrices = torch.nn.Parameter(torch.empty(2, 3, 4))
+
+    layers = torch.nn.ModuleList([torch.nn.ModuleDict({"mix": Stack()})])
+    with pytest.raises(UsageError, match=r"layers\.0\.mix: .*found Stack"):
+        unfuse(layers, "layers")
+    convolution = torch.nn.ModuleList([torch.nn.Conv1d(2, 3, 4)])
+    unfuse(convolution, "layers")

@@ -58,7 +58,7 @@ class StoredLinear(nn.Linear):
         super().__init__(inputs, outputs, bias=False, device="meta")
         self.requires_grad_(False)
 
-    def forward(self, input: Tensor) -> Tensor:  # noqa: A002 (the name that torch has)
+    def forward(self, input: Tensor) -> Tensor:
         """`input` [tokens, inputs] times the weight, in the input's type and on its device."""
         return nn.functional.linear(input, self.weight.to(input.device, input.dtype))
 

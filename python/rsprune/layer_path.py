@@ -147,7 +147,8 @@ class LayerPath:
     def _run_expert(self, window: int, stage: Stage, numbers: Tensor) -> dict[Group, Tensor]:
         """Runs a single expert on the tokens that `numbers` sends to it."""
         number, experts = stage.groups[0].expert, self.structure.experts
-        assert number is not None and self._routed is not None
+        assert number is not None
+        assert self._routed is not None
         self._caught = {}
         with contextlib.ExitStack() as stack, torch.no_grad():
             for group in stage.groups:

@@ -127,8 +127,9 @@ class LayerRun:
     def _method(self, operator: Operator, statistics: GroupStatistics) -> methods.Method:
         """The run's method, or the one that needs no data where an expert saw too few tokens."""
         tokens = statistics.calibration.tokens
-        if operator.expert is None or not methods.starved(tokens, operator.columns):
-            return methods.get(self.config.method)
+        name, columns = self.config.method, operator.columns
+        if operator.expert is None or not methods.too_few(name, tokens=tokens, columns=columns):
+            return methods.get(name)
         self.starved.add(operator.expert)
         return methods.get(methods.DATA_FREE)
 
@@ -147,7 +148,7 @@ class LayerRun:
 
     def warn(self) -> None:
         """Says which experts were not pruned by the run's method."""
-        if self.starved and self.config.method != methods.DATA_FREE:
+        if self.starved:
             experts = ", ".join(str(expert) for expert in sorted(self.starved))
             self.progress.note(
                 f"warning: {self._place}: too few tokens for experts {experts}; pruned by "

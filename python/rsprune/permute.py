@@ -13,6 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -91,7 +92,7 @@ def _candidates(
         for linear in group.linears
     }
     shared = [group for group in structure.groups if group.expert is None]
-    for before, after in zip(shared, shared[1:], strict=False):
+    for before, after in pairwise(shared):
         for consumer in after.linears[:1] if len(after.linears) == 1 else ():
             last = before.linears[-1]
             if all(rows[linear] in (after.width, 2 * after.width) for linear in before.linears):

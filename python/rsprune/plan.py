@@ -21,7 +21,7 @@ from rsprune.checkpoint import FLOATS, Checkpoint, TensorInfo, finished_bytes, f
 from rsprune.config import Config
 from rsprune.data import split_heldout
 from rsprune.errors import DoesNotFitError, UsageError
-from rsprune.experts import StoredLinear
+from rsprune.experts import Experts, StoredLinear
 from rsprune.memory import KEPT_BYTES, memory_limit, rss_anon
 from rsprune.methods.base import Inputs
 from rsprune.skeleton import Skeleton
@@ -123,7 +123,7 @@ def prepare(folder: Path, config: Config, out: Path | None) -> Prepared:
         memory_limit=limit,
         spill=spill,
         passes=_passes(inputs, config),
-        warnings=_warnings(operators, config),
+        warnings=_warnings(skeleton, operators, config),
     )
     _check_disk(plan, out, memory["hidden states"] if spill else 0)
     return Prepared(plan, checkpoint, skeleton, stream, opening, inputs)
@@ -303,6 +303,16 @@ def _check_disk(plan: Plan, out: Path | None, spill: int) -> None:
         )
 
 
+def _share_of_tokens(skeleton: Skeleton, operator: Operator) -> float:
+    """Of all tokens, those that an operator sees; for one of an expert, on average."""
+    if operator.expert is None:
+        return 1.0
+    experts = operator.linear.rpartition(f".{operator.expert}.")[0]
+    module = skeleton.layers[operator.layer].get_submodule(experts)
+    assert isinstance(module, Experts)
+    return float(skeleton.config.get_text_config().num_experts_per_tok) / len(module)
+
+
 def _passes(inputs: Inputs, config: Config) -> str:
     """How often a layer is run over all windows; replays make later parts start midway."""
     parts = []
@@ -324,15 +334,18 @@ def _passes(inputs: Inputs, config: Config) -> str:
     return ", ".join(parts)
 
 
-def _warnings(operators: list[Operator], config: Config) -> list[str]:
+def _warnings(skeleton: Skeleton, operators: list[Operator], config: Config) -> list[str]:
     calibration, _ = split_heldout(torch.empty(config.samples, 0), config.heldout)
     tokens = len(calibration) * config.seq_len
-    widest = max(operators, key=lambda o: o.columns)
+    shares = {o.name: _share_of_tokens(skeleton, o) for o in operators}
+    worst = max(operators, key=lambda o: o.columns / shares[o.name])
+    share = shares[worst.name]
     warnings = []
-    if tokens < 2 * widest.columns:
+    if tokens * share < 2 * worst.columns:
+        mean = "" if share == 1 else f"on average {tokens * share:.0f} of "
         warnings.append(
-            f"{widest.name}: {tokens} calibration tokens are few for {widest.columns} input "
-            f"channels; use at least {2 * widest.columns}"
+            f"{worst.name}: {mean}{tokens} calibration tokens are few for {worst.columns} input "
+            f"channels; use at least {math.ceil(2 * worst.columns / share)}"
         )
     if config.memory is not None and config.memory > psutil.virtual_memory().total:
         warnings.append("memory: the bound is larger than the machine's memory")

@@ -7,6 +7,7 @@ from rsprune.errors import UsageError
 from rsprune.methods.admm import Admm
 from rsprune.methods.base import Inputs, Method, Operator, Pruned
 from rsprune.methods.best import Best
+from rsprune.methods.few_tokens import DATA_FREE, too_few
 from rsprune.methods.fista import Fista
 from rsprune.methods.fista_plus import FistaPlus
 from rsprune.methods.magnitude import Magnitude
@@ -24,11 +25,8 @@ __all__ = [
     "inputs_of",
     "names",
     "polish",
-    "starved",
+    "too_few",
 ]
-
-DATA_FREE = Magnitude.name
-"""What prunes an expert whose tokens are too few for the run's method."""
 
 _ALL: tuple[Method, ...] = (
     Magnitude(), Wanda(), SparseGPT(), Fista(), FistaPlus(), Admm(), Best(),
@@ -47,11 +45,6 @@ def get(name: str) -> Method:
         return _METHODS[name]
     except KeyError:
         raise UsageError(f"method {name!r}: expected one of {', '.join(_METHODS)}") from None
-
-
-def starved(tokens: int, columns: int) -> bool:
-    """Whether an expert's tokens are too few to say how its `columns` input channels vary."""
-    return tokens < columns
 
 
 def inputs_of(method: Method, config: Config) -> Inputs:
