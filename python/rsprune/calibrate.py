@@ -155,10 +155,19 @@ class LayerJob:
         """Linears run, weighted by size, in whole passes over all windows."""
         return sum(path.passes for path in (self._dense, self._own) if path is not None)
 
+    @property
+    def needs_dense(self) -> bool:
+        """Whether the dense layer runs."""
+        return self.inputs.needs_dense or self.tuned
+
+    @property
+    def needs_own(self) -> bool:
+        """Whether the layer as compressed so far runs."""
+        return self.inputs.propagate == "model" or self.inputs.true_sequential or self.tuned
+
     def open(self, dense: Windows, own: Windows) -> None:
         """Begins: `groups` does so by itself, `replay` wants it done."""
-        needs_dense = self.inputs.needs_dense or self.tuned
-        needs_own = self.inputs.propagate == "model" or self.inputs.true_sequential or self.tuned
+        needs_dense, needs_own = self.needs_dense, self.needs_own
         layer = twin(self.layer) if needs_dense else self.layer  # before a path hooks into it
         self._dense = self._path("dense", self.layer, dense, None) if needs_dense else None
         pool = self.pool if needs_dense else None
@@ -174,10 +183,14 @@ class LayerJob:
             return self.store(f"{kind} {linear}", width)
 
         keeps = cache if self.inputs.true_sequential else None
-        routed = None
-        if self.structure.experts is not None:
-            routed = RoutedInputs(self.store(f"{kind} experts", hidden.channels))
+        routed = self.routed(kind, hidden)
         return LayerPath(layer, self.structure, self.kwargs, hidden, keeps, pool, routed)
+
+    def routed(self, kind: str, hidden: Windows) -> RoutedInputs | None:
+        """Room for what enters the layer's experts on a path; None where it has none."""
+        if self.structure.experts is None:
+            return None
+        return RoutedInputs(self.store(f"{kind} experts", hidden.channels))
 
     def _collect(self, stage: Stage, *, first: bool) -> dict[Group, GroupStatistics]:
         unpruned = first or not self.inputs.true_sequential

@@ -153,6 +153,11 @@ def _with_experts(layers: nn.ModuleList) -> Iterator[tuple[str, nn.Module]]:
             yield name, module
 
 
+def stored_bytes(layer: nn.Module) -> int:
+    """What the weights of a loaded layer's experts take as they are stored."""
+    return sum(m.weight.nbytes for m in layer.modules() if isinstance(m, StoredLinear))
+
+
 @dataclass
 class RoutedInputs:
     """What enters the experts of a layer, window after window.

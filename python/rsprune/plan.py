@@ -125,7 +125,8 @@ def prepare(folder: Path, config: Config, out: Path | None) -> Prepared:
         passes=_passes(inputs, config),
         warnings=_warnings(skeleton, operators, config),
     )
-    _check_disk(plan, out, memory["hidden states"] if spill else 0)
+    scratch = 2 * _pruned_bytes(skeleton, operators, experts=True)
+    _check_disk(plan, out, scratch + (memory["hidden states"] if spill else 0))
     return Prepared(plan, checkpoint, skeleton, stream, opening, inputs)
 
 
@@ -228,7 +229,7 @@ def _memory(
     return {
         "python, torch and the model's structure": rss_anon(),
         "decoder layer (float32)": widened * 4 * paths,
-        "pruned weights until they are written": _pruned_bytes(skeleton, operators),
+        "pruned weights until they are written": _pruned_bytes(skeleton, operators, experts=False),
         "Grams": grams,
         "solver": widest * 4 * matrices + width * width * 4 * squares,
         "tuning": _tuning_bytes(layer, width, channels, config),
@@ -250,12 +251,13 @@ def _widened(layer: nn.Module) -> int:
     return sum(own.values()) + max(lent, default=0)
 
 
-def _pruned_bytes(skeleton: Skeleton, operators: list[Operator]) -> int:
-    """Of the largest layer, as stored."""
+def _pruned_bytes(skeleton: Skeleton, operators: list[Operator], *, experts: bool) -> int:
+    """Of the largest layer, as stored: its experts, or all but them."""
     layers: Counter[int] = Counter()
     for operator in operators:
-        layers[operator.layer] += skeleton.checkpoint.tensors[operator.name].nbytes
-    return max(layers.values())
+        if (operator.expert is not None) == experts:
+            layers[operator.layer] += skeleton.checkpoint.tensors[operator.name].nbytes
+    return max(layers.values(), default=0)
 
 
 def _tuning_bytes(layer: int, width: int, channels: int, config: Config) -> int:
@@ -295,8 +297,8 @@ def _fit(memory: dict[str, int], limit: int) -> tuple[int, bool]:
     return spilled, True
 
 
-def _check_disk(plan: Plan, out: Path | None, spill: int) -> None:
-    needed = plan.output_bytes + spill - (finished_bytes(out) if out is not None else 0)
+def _check_disk(plan: Plan, out: Path | None, scratch: int) -> None:
+    needed = plan.output_bytes + scratch - (finished_bytes(out) if out is not None else 0)
     if out is not None and needed > plan.disk_free:
         raise UsageError(
             f"output {out}: needs {needed} bytes on disk, found {plan.disk_free} bytes free"

@@ -34,12 +34,14 @@ from rsprune.card import model_card
 from rsprune.checkpoint import OutputFolder, check_output
 from rsprune.config import Config
 from rsprune.data import Corpus, calibration_windows, load_texts, split_heldout
+from rsprune.experts import stored_bytes
 from rsprune.layer_run import LayerRun
 from rsprune.memory import PeakWatch, give_freed_pages_back, keep_freed_pages, rss_anon
 from rsprune.plan import Plan, Prepared, device, parse_pattern, prepare
 from rsprune.progress import NullProgress, Progress
 from rsprune.report import REPORT_NAME, Journal, Report, load_report, read_records
 from rsprune.resume import check_fingerprint, fingerprint, finished, replay, rewind
+from rsprune.scratch import Scratch
 from rsprune.skeleton import load_tokenizer
 from rsprune.sources import resolve
 from rsprune.timing import Timing
@@ -230,8 +232,9 @@ class _Run:
         skeleton = self.prepared.skeleton
         job = self._job(output, index)
         layer = LayerRun(
-            index, self.prepared, self.config, job, self.patterns, self.journal, self.progress
-        )
+            index, self.prepared, self.config, job, self.patterns, self.journal, self.progress,
+            self._scratch(output, job),
+        )  # fmt: skip
         if self.permutes:
             layer.permute(dense)
         for group, statistics in job.groups(dense, own):
@@ -267,7 +270,8 @@ class _Run:
         names = {}
         for name, _ in skeleton.layers[index].named_parameters():
             names[name] = skeleton.disk_name(skeleton.layer_name(index, name)) or name
-        replay(job, output.folder / record["file"], names, record)
+        scratch = self._scratch(output, job)
+        replay(job, output.folder / record["file"], names, record, scratch)
         output.keep_shard(record["file"], self.prepared.checkpoint, self._names(index))
         dense, own = job.advance()
         skeleton.drop_layer(index)
@@ -276,6 +280,11 @@ class _Run:
             if each["layer"] == index:
                 self.progress.step(f"layer {index + 1}/{self.plan.layers}, finished before")
         return dense, own
+
+    def _scratch(self, output: OutputFolder, job: LayerJob) -> Scratch | None:
+        """Room for every expert of a layer twice: permuted, and pruned."""
+        nbytes = stored_bytes(job.layer)
+        return Scratch(output.scratch, 2 * nbytes) if nbytes else None
 
     def _job(self, output: OutputFolder, index: int) -> LayerJob:
         """A layer in memory, on its way through the windows."""
