@@ -21,7 +21,7 @@ from rsprune.checkpoint import FLOATS, Checkpoint, TensorInfo, finished_bytes, f
 from rsprune.config import Config
 from rsprune.data import split_heldout
 from rsprune.errors import DoesNotFitError, UsageError
-from rsprune.experts import Experts, StoredLinear
+from rsprune.experts import StoredLinear
 from rsprune.memory import KEPT_BYTES, memory_limit, rss_anon
 from rsprune.methods.base import Inputs
 from rsprune.skeleton import Skeleton
@@ -233,6 +233,7 @@ def _memory(
         "Grams": grams,
         "solver": widest * 4 * matrices + width * width * 4 * squares,
         "tuning": _tuning_bytes(layer, width, channels, config),
+        "budget": _budget_bytes(skeleton, operators, config),
         "activations of one window": window * 6 + config.seq_len * width * 4 * 4,
         "freed pages that the allocator keeps": KEPT_BYTES + 32 * 2**20,
         "hidden states": config.samples * window * (held + cached),
@@ -270,6 +271,18 @@ def _tuning_bytes(layer: int, width: int, channels: int, config: Config) -> int:
     return layer * 4 * (5 + side_by_side) + side_by_side * remembered
 
 
+def _budget_bytes(skeleton: Skeleton, operators: list[Operator], config: Config) -> int:
+    """A layer pruned to three sparsities: in float32, experts as stored."""
+    if not config.allocate:
+        return 0
+    layers: Counter[int] = Counter()
+    for operator in operators:
+        of_expert = operator.expert is not None
+        nbytes = skeleton.checkpoint.tensors[operator.name].nbytes
+        layers[operator.layer] += nbytes if of_expert else operator.rows * operator.columns * 4
+    return 3 * max(layers.values())
+
+
 def _gram_bytes(structure: LayerStructure, inputs: Inputs, config: Config) -> int:
     """Sums that are held at the same time: those of the stage that needs most."""
     kinds = 2 if config.heldout > 0 else 1
@@ -305,16 +318,6 @@ def _check_disk(plan: Plan, out: Path | None, scratch: int) -> None:
         )
 
 
-def _share_of_tokens(skeleton: Skeleton, operator: Operator) -> float:
-    """Of all tokens, those that an operator sees; for one of an expert, on average."""
-    if operator.expert is None:
-        return 1.0
-    experts = operator.linear.rpartition(f".{operator.expert}.")[0]
-    module = skeleton.layers[operator.layer].get_submodule(experts)
-    assert isinstance(module, Experts)
-    return float(skeleton.config.get_text_config().num_experts_per_tok) / len(module)
-
-
 def _passes(inputs: Inputs, config: Config) -> str:
     """How often a layer is run over all windows; replays make later parts start midway."""
     parts = []
@@ -339,7 +342,8 @@ def _passes(inputs: Inputs, config: Config) -> str:
 def _warnings(skeleton: Skeleton, operators: list[Operator], config: Config) -> list[str]:
     calibration, _ = split_heldout(torch.empty(config.samples, 0), config.heldout)
     tokens = len(calibration) * config.seq_len
-    shares = {o.name: _share_of_tokens(skeleton, o) for o in operators}
+    shares = {o.name: skeleton.expert_share(o.layer) if o.expert is not None else 1.0
+              for o in operators}  # fmt: skip
     worst = max(operators, key=lambda o: o.columns / shares[o.name])
     share = shares[worst.name]
     warnings = []

@@ -18,7 +18,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from rsprune.checkpoint import Checkpoint
 from rsprune.errors import UsageError
-from rsprune.experts import StoredLinear, unfuse
+from rsprune.experts import Experts, StoredLinear, unfuse
 from rsprune.pool import TensorPool
 
 if TYPE_CHECKING:
@@ -172,6 +172,13 @@ class Skeleton:
     def channels(self) -> int:
         """Channels of the hidden states between decoder layers."""
         return int(self.config.get_text_config().hidden_size)
+
+    def expert_share(self, index: int) -> float:
+        """Of all tokens, those that an expert of layer `index` sees on average."""
+        lists = [m for m in self.layers[index].modules() if isinstance(m, Experts)]
+        if not lists:
+            return 1.0
+        return float(self.config.get_text_config().num_experts_per_tok) / len(lists[0])
 
     def is_tied_copy(self, disk_name: str) -> bool:
         """Whether an on-disk tensor repeats, bit for bit, one that the model ties it to."""
