@@ -2,6 +2,7 @@
 
 import itertools
 import shutil
+import weakref
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from test_calibrate import ALL_INPUTS, Naive, Walk, close, contents, label
 from test_streaming import streamed_logits
-from tiny_models import LAYERS, Run, make, ordinary, tensors_of, token_ids
+from tiny_models import LAYERS, SIZES, Run, make, ordinary, tensors_of, token_ids
 from torch.nn.functional import linear, silu
 
 from rsprune.blocks import Group
@@ -22,12 +23,14 @@ from rsprune.errors import UsageError
 from rsprune.experts import FUSED, Experts, unfuse
 from rsprune.methods.base import Inputs
 from rsprune.methods.few_tokens import DATA_FREE, too_few
+from rsprune.plan import make_plan
 from rsprune.progress import NullProgress
 from rsprune.report import load_report
 from rsprune.run import compress
 from rsprune.skeleton import Skeleton
 from rsprune.tables import certificate_table
 from rsprune.verify import verify
+from rsprune.windows import Split
 
 Runs = Callable[[str, str, str], Run]
 Tiny = Callable[..., Path]
@@ -299,6 +302,16 @@ def test_an_unknown_class_of_experts_is_refused(tiny: Tiny, monkeypatch: pytest.
         Skeleton(Checkpoint.open(tiny("mixtral")))
 
 
+def test_a_family_that_is_not_known_is_refused(tmp_path: Path):
+    from transformers import GraniteMoeConfig, GraniteMoeForCausalLM
+
+    sizes = {**SIZES, "num_hidden_layers": 1, "num_local_experts": 2, "num_experts_per_tok": 1}
+    GraniteMoeForCausalLM(GraniteMoeConfig(**sizes)).save_pretrained(tmp_path)
+    pattern = r"model\.layers\.0\.block_sparse_moe\.experts: .*found GraniteMoeExperts"
+    with pytest.raises(UsageError, match=pattern):
+        Skeleton(Checkpoint.open(tmp_path))
+
+
 def test_fused_parameters_are_refused_under_any_name():
     class Stack(torch.nn.Module):
         def __init__(self) -> None:
@@ -310,3 +323,73 @@ def test_fused_parameters_are_refused_under_any_name():
         unfuse(layers, "layers")
     convolution = torch.nn.ModuleList([torch.nn.Conv1d(2, 3, 4)])
     unfuse(convolution, "layers")
+
+
+OPTIONS: dict[str, Any] = {"samples": 6, "seq_len": 32, "heldout": 0.34, "threads": 1}
+CHOICES: dict[str, dict[str, Any]] = {
+    "tuned": {"method": "wanda", "tune_block": True, "tune_steps": 4},
+    "allocated": {"method": "sparsegpt", "pattern": "70%", "allocate": True},
+    "best": {"method": "best", "budget": 1},
+    "polished": {"method": "sparsegpt", "refit": True, "search": True},
+    "corrected": {"method": "sparsegpt", "target": "dense", "correction": 0.5},
+}
+
+
+@pytest.mark.parametrize("case", CHOICES)
+def test_other_options_keep_working(tiny: Tiny, documents: Path, tmp_path: Path, case: str):
+    config = Config(calibration=str(documents), **OPTIONS, **CHOICES[case])
+    model, out, ids = tiny("mixtral"), tmp_path / "out", token_ids(2, 16)
+    report = compress(model, out, config)
+    assert verify(out) == []
+    methods = {r["method"] for r in report.tensors}
+    assert {config.method} <= methods <= {config.method, DATA_FREE}
+    streamed = streamed_logits(Skeleton(Checkpoint.open(out)), ids)
+    torch.testing.assert_close(streamed, ordinary(out)(ids).logits, rtol=1e-5, atol=1e-5)
+    for name, before in tensors_of(model).items():
+        if name.endswith("block_sparse_moe.gate.weight"):
+            assert torch.equal(tensors_of(out)[name], before)
+
+
+@pytest.mark.parametrize("method", ["wanda", "sparsegpt", "fista"])
+def test_sums_of_one_expert_at_a_time(
+    tiny: Tiny, documents: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, method: str
+):
+    """Whenever sums are made, those of every other expert are gone."""
+    alive: list[weakref.ref[GroupStatistics]] = []
+    most, original = [0], GroupStatistics.empty
+
+    def empty(width: int, split: Split, *, corrected: bool) -> GroupStatistics:
+        made = original(width, split, corrected=corrected)
+        alive.append(weakref.ref(made))
+        most.append(sum(ref() is not None for ref in alive))
+        return made
+
+    monkeypatch.setattr(GroupStatistics, "empty", empty)
+    config = Config(calibration=str(documents), method=method, **OPTIONS)
+    compress(tiny("mixtral"), tmp_path / "out", config)
+    assert len(alive) == LAYERS * (2 + 4 * 2)
+    assert max(most) == (1 if method == "fista" else 2)
+
+
+def test_the_plan_counts_one_expert(tiny: Tiny):
+    """Grams of the widest stage; of the experts' weights a single float32 matrix."""
+    options = {**OPTIONS, "heldout": 0.0}
+    dense, moe = (
+        dict(make_plan(tiny(kind), Config(method="wanda", **options)).memory)
+        for kind in ("llama", "mixtral")
+    )
+    one = [width * (width + 112) // 2 * 4 for width in (32, 64)]
+    assert dense["Grams"] == 3 * one[0] + one[1]
+    assert moe["Grams"] == one[0] + one[1]
+    attention, matrix, router = 32 * 32 * 2 + 32 * 16 * 2, 32 * 64, 4 * 32
+    assert dense["decoder layer (float32)"] == 4 * (attention + 3 * matrix + 64)
+    assert moe["decoder layer (float32)"] == 4 * (attention + router + matrix + 64)
+    assert moe["pruned weights until they are written"] == 2 * attention
+    assert moe["hidden states"] == dense["hidden states"] * 2  # and what enters the experts
+
+
+def test_the_plan_warns_of_few_tokens_an_expert(tiny: Tiny):
+    enough = make_plan(tiny("mixtral"), Config(**{**OPTIONS, "samples": 8, "heldout": 0.0}))
+    assert enough.warnings == []  # 256 tokens, of which an expert sees 128: twice 64
+    fewer = make_plan(tiny("mixtral"), Config(**{**OPTIONS, "samples": 6, "heldout": 0.0}))
+    assert [w for w in fewer.warnings if "w2.weight: on average 96 of 192" in w and "256" in w]

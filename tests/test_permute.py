@@ -72,6 +72,8 @@ def test_a_permutation_changes_no_logit(
     moved = [name for name in before if not torch.equal(before[name], after[name])]
     consumers = {coupling.consumer for coupling in FOUND[kind]}
     assert all(any(f"{c}.weight" in name for name in moved) for c in consumers)
+    if any(".experts." in name for name in before):
+        assert any(".experts." in name for name in moved)
     ids = token_ids(2, 16)
     expected = ordinary(model)(ids).logits
     found = ordinary(tmp_path / "out")(ids).logits

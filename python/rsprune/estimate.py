@@ -3,8 +3,9 @@
     seconds = work counted from shapes / speed measured in two seconds on this machine, as it is now
 
 Work: a forward pass of a layer is `2 P T` for its weights and `2 T^2 C` for causal attention, T
-tokens and C channels a window (an expert's weights count for the tokens that it sees); a Gram is `n^2` a token; a solver's step is `2 m n^2`, of which a
-method takes `products`. Good to a factor of about two: a busy machine moves it more.
+tokens and C channels a window (an expert's weights count for the tokens that it sees); a Gram is
+`n^2` a token; a solver's step is `2 m n^2`, of which a method takes `products`. Good to a factor of
+about two: a busy machine moves it more.
 """
 
 from __future__ import annotations

@@ -342,10 +342,9 @@ def _passes(inputs: Inputs, config: Config) -> str:
 def _warnings(skeleton: Skeleton, operators: list[Operator], config: Config) -> list[str]:
     calibration, _ = split_heldout(torch.empty(config.samples, 0), config.heldout)
     tokens = len(calibration) * config.seq_len
-    shares = {o.name: skeleton.expert_share(o.layer) if o.expert is not None else 1.0
-              for o in operators}  # fmt: skip
-    worst = max(operators, key=lambda o: o.columns / shares[o.name])
-    share = shares[worst.name]
+    shares = [skeleton.expert_share(index) for index in range(len(skeleton.layers))]
+    worst = max(operators, key=lambda o: o.columns / (1.0 if o.expert is None else shares[o.layer]))
+    share = 1.0 if worst.expert is None else shares[worst.layer]
     warnings = []
     if tokens * share < 2 * worst.columns:
         mean = "" if share == 1 else f"on average {tokens * share:.0f} of "
