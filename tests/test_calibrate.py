@@ -67,6 +67,11 @@ class Naive:
         mixed.get_submodule(f"{prefix}.{layer}").load_state_dict(weights)
         return mixed
 
+    def weight(self, linear: str) -> torch.Tensor:
+        """A weight of the pruned model, to be changed in place."""
+        found: torch.Tensor = self.pruned.get_submodule(linear).weight
+        return found
+
     def seen(self, model: Any, modules: list[str], *, outputs: bool = False) -> list[torch.Tensor]:
         """Inputs (or outputs) [windows, tokens, channels] of `modules`."""
         found: dict[str, list[torch.Tensor]] = {name: [] for name in modules}
@@ -166,10 +171,10 @@ class Walk:
             now = self.expected(index) if self.inputs.true_sequential else old
             self.check_group(sums, *now[group])
             for linear in group.linears:
-                module = self.naive.pruned.get_submodule(f"{prefix}.{linear}")
-                bits = pruned_bits(module.weight)
+                weight = self.naive.weight(f"{prefix}.{linear}")
+                bits = pruned_bits(weight)
                 job.set_weight(linear, bits, "BF16")
-                module.weight.copy_(torch.from_numpy(bits.view(np.int16)).view(torch.bfloat16))
+                weight.copy_(torch.from_numpy(bits.view(np.int16)).view(torch.bfloat16))
         dense, own = job.advance()
         passes = job.passes
         self.skeleton.drop_layer(index)

@@ -131,7 +131,7 @@ def test_a_full_disk_ends_the_run_and_an_empty_one_lets_it_go_on(
     def run() -> None:
         spills = pytest.MonkeyPatch()
         if stage == "hidden states":
-            spills.setattr(plan, "_fit", lambda memory, limit: (sum(memory.values()), True))
+            spills.setattr(plan, "_fit", lambda memory, _: (sum(memory.values()), plan.SPILLS))
         target = sys.modules[owner] if isinstance(owner, str) else owner
         patch = fill_before(target, name, call, disk)
         with pytest.raises((RspruneError, OSError), match=rf"{named}.*No space left on device"):

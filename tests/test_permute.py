@@ -15,7 +15,7 @@ from rsprune.plan import prepare
 
 OPTIONS: dict[str, Any] = {"samples": 6, "seq_len": 32, "heldout": 0.34, "threads": 1}
 GATED = Coupling(("mlp.gate_proj", "mlp.up_proj"), "mlp.down_proj", 64, 1)
-HEADS = {"mistral": 16, "qwen3": 16, "gemma2": 16, "gemma3": 16}
+HEADS = {"mistral": 16, "qwen3": 16, "gemma2": 16, "gemma3": 16, "qwen3_moe": 16}
 FOUND = {
     kind: [Coupling(("self_attn.v_proj",), "self_attn.o_proj", HEADS.get(kind, 8), 2), GATED]
     for kind in KINDS
@@ -30,6 +30,8 @@ FOUND |= {
     "gpt_neox": [Coupling(("mlp.dense_h_to_4h",), "mlp.dense_4h_to_h", 64, 1)],
     "phi3": [Coupling(("mlp.gate_up_proj",), "mlp.down_proj", 64, 1)],
 }
+# Those of experts are known without a trial.
+FOUND |= {kind: FOUND[kind][:1] for kind in ("mixtral", "qwen3_moe", "qwen2_moe", "olmoe")}
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -70,6 +72,8 @@ def test_a_permutation_changes_no_logit(
     moved = [name for name in before if not torch.equal(before[name], after[name])]
     consumers = {coupling.consumer for coupling in FOUND[kind]}
     assert all(any(f"{c}.weight" in name for name in moved) for c in consumers)
+    if any(".experts." in name for name in before):
+        assert any(".experts." in name for name in moved)
     ids = token_ids(2, 16)
     expected = ordinary(model)(ids).logits
     found = ordinary(tmp_path / "out")(ids).logits

@@ -8,7 +8,7 @@ import pytest
 import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
-from tiny_models import GROUPS, KINDS, LAYERS, make, ordinary, save_tokenizer, token_ids
+from tiny_models import KINDS, LAYERS, groups_of, make, ordinary, save_tokenizer, token_ids
 
 from rsprune.checkpoint import Checkpoint
 from rsprune.errors import RspruneError
@@ -73,8 +73,8 @@ def test_perplexity_equals_the_ordinary_one(tiny: Tiny, text: Path, kind: str):
 def test_groups_are_found_in_order(tiny: Tiny, kind: str):
     opening = Stream(Skeleton(Checkpoint.open(tiny(kind)))).open(16)
     assert len(opening.structures) == LAYERS
-    for structure in opening.structures:
-        assert [group.linears for group in structure.groups] == GROUPS[kind]
+    for index, structure in enumerate(opening.structures):
+        assert [group.linears for group in structure.groups] == groups_of(kind, index)
     skeleton = Skeleton(Checkpoint.open(tiny(kind)))
     for group in opening.structures[0].groups:
         widths = {skeleton.layers[0].get_submodule(n).in_features for n in group.linears}
@@ -111,7 +111,7 @@ def test_names_without_the_prefix_of_the_base_model(tiny: Tiny, tmp_path: Path, 
     assert all(f".{index}." in f".{name}" for name, index in layers.items() if index is not None)
 
 
-@pytest.mark.parametrize("kind", ["llama", "gpt_neox", "opt"])
+@pytest.mark.parametrize("kind", ["llama", "gpt_neox", "opt", "mixtral", "qwen3_moe"])
 def test_every_tensor_of_a_layer_is_told_apart(tiny: Tiny, kind: str):
     skeleton = Skeleton(Checkpoint.open(tiny(kind)))
     for index, layer in enumerate(skeleton.layers):

@@ -30,6 +30,7 @@ SIZES: dict[str, Any] = {
     "pad_token_id": 257,
 }
 HEADS = {"head_dim": 16}  # wider than hidden_size / heads: o_proj is not square
+EXPERTS = {"num_experts": 6, "num_experts_per_tok": 2, "moe_intermediate_size": 16}
 SLIDING = {"sliding_window": 8, "query_pre_attn_scalar": 16}
 
 KINDS: dict[str, tuple[str, dict[str, Any]]] = {
@@ -47,14 +48,37 @@ KINDS: dict[str, tuple[str, dict[str, Any]]] = {
     ),
     "gpt_neox": ("GPTNeoX", {"rotary_pct": 0.5}),
     "phi3": ("Phi3", {}),
+    "mixtral": ("Mixtral", {"num_local_experts": 4, "num_experts_per_tok": 2}),
+    "qwen3_moe": ("Qwen3Moe", {**HEADS, **EXPERTS, "mlp_only_layers": [1]}),
+    "qwen2_moe": ("Qwen2Moe", {**EXPERTS, "shared_expert_intermediate_size": 48}),
+    "olmoe": ("Olmoe", {"num_experts": 4, "num_experts_per_tok": 2}),
 }
 """Name -> (prefix of the classes of transformers, what is not in `SIZES`)."""
 
 ATTENTION = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")
 GATED = [ATTENTION, ("self_attn.o_proj",), ("mlp.gate_proj", "mlp.up_proj"), ("mlp.down_proj",)]
 OPT_GROUPS = [ATTENTION, ("self_attn.out_proj",), ("fc1",), ("fc2",)]
+
+
+def _experts(count: int, gate: str, up: str, down: str) -> list[tuple[str, ...]]:
+    names = [f"mlp.experts.{number}." for number in range(count)]
+    pairs = (((f"{name}{gate}", f"{name}{up}"), (f"{name}{down}",)) for name in names)
+    return [group for pair in pairs for group in pair]
+
+
+ROUTED = _experts(6, "gate_proj", "up_proj", "down_proj")
+SHARED = "mlp.shared_expert"
 GROUPS = {
     **dict.fromkeys(KINDS, GATED),
+    "mixtral": [*GATED[:2], *_experts(4, "w1", "w3", "w2")],
+    "qwen3_moe": [*GATED[:2], *ROUTED],
+    "olmoe": [*GATED[:2], *ROUTED[:8]],
+    "qwen2_moe": [
+        *GATED[:2],
+        (f"{SHARED}.gate_proj", f"{SHARED}.up_proj", f"{SHARED}_gate"),
+        (f"{SHARED}.down_proj",),
+        *ROUTED,
+    ],
     "opt": OPT_GROUPS,
     "opt_projected": OPT_GROUPS,
     "gpt_neox": [
@@ -71,6 +95,11 @@ GROUPS = {
     ],
 }
 """What discovery must find: linears that share an input, in order of use."""
+
+
+def groups_of(kind: str, layer: int) -> list[tuple[str, ...]]:
+    """`GROUPS` in one decoder layer: an ordinary one among those with experts has no experts."""
+    return GATED if layer in KINDS[kind][1].get("mlp_only_layers", ()) else GROUPS[kind]
 
 
 @dataclass(frozen=True)
@@ -109,7 +138,9 @@ def make(kind: str) -> Any:
     torch.manual_seed(sum(kind.encode()))
     model = getattr(transformers, f"{family}ForCausalLM")(config).eval().requires_grad_(False)
     for parameter in model.parameters():
-        if parameter.dim() == 2:
+        if parameter.dim() == 3:  # fused experts
+            parameter.normal_(0.0, parameter.shape[2] ** -0.5)
+        elif parameter.dim() == 2:
             parameter.normal_(0.0, parameter.shape[1] ** -0.5)
         else:
             parameter += 0.2 * torch.randn_like(parameter)

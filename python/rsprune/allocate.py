@@ -18,6 +18,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from rsprune import _core
@@ -27,6 +28,7 @@ from rsprune.config import Config
 from rsprune.layer_path import relative_error, with_parameters
 from rsprune.methods.base import Inputs
 from rsprune.methods.base import Operator as Task
+from rsprune.methods.few_tokens import too_few
 from rsprune.plan import Operator, Prepared, parse_pattern
 from rsprune.progress import Progress
 from rsprune.timing import Timing
@@ -167,9 +169,8 @@ def _curve(
             if linear in operators:
                 for sparsity, values in zip(grid, solved, strict=True):
                     task = _task(prepared, operators[linear], sums.calibration, sparsity)
-                    stored, _ = _core.sparsegpt(task, damping=DAMPING, threads=job.threads)
-                    dtype = TORCH_DTYPES[task.dtype]
-                    values[f"{linear}.weight"] = _widened(stored, dtype, job)
+                    stored = _pruned(task, operators[linear], job.threads)
+                    values[f"{linear}.weight"] = _as_held(stored, operators[linear], job)
     if not operators:
         return None
     judged = range(job.split.calibration, job.split.count) or range(job.split.count)
@@ -181,9 +182,18 @@ def _curve(
     return Curve.fit(points, sum(o.rows * o.columns for o in operators.values()))
 
 
-def _widened(stored: Any, dtype: torch.dtype, job: LayerJob) -> Tensor:
-    device = next(job.layer.parameters()).device
-    return torch.from_numpy(stored).view(dtype).to(device, torch.float32)
+def _pruned(task: Task, operator: Operator, threads: int) -> NDArray[Any]:
+    """By SparseGPT; by the rule for experts where the few windows hold too few of its tokens."""
+    few = too_few("sparsegpt", tokens=task.calibration.tokens, columns=operator.columns)
+    if few and operator.expert is not None:
+        return _core.magnitude(task, threads=threads)[0]
+    return _core.sparsegpt(task, damping=DAMPING, threads=threads)[0]
+
+
+def _as_held(stored: NDArray[Any], operator: Operator, job: LayerJob) -> Tensor:
+    """As the layer holds its weights: stored types, those of experts not moved to its device."""
+    weight = torch.from_numpy(stored).view(TORCH_DTYPES[operator.dtype])
+    return weight if operator.expert is not None else weight.to(job.pool.device)
 
 
 def _task(prepared: Prepared, operator: Operator, sums: Any, sparsity: float) -> Task:

@@ -7,6 +7,8 @@ architecture that transformers learns tomorrow therefore needs no change here.
 
 from __future__ import annotations
 
+import itertools
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -15,6 +17,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
 from rsprune.errors import UsageError
+from rsprune.experts import Experts
 
 
 class StopForwardError(Exception):
@@ -28,10 +31,12 @@ class Group:
     Attributes:
         linears: module names inside of the layer, in order of use.
         width: input channels.
+        expert: the number of the expert that they lie in; None outside of experts.
     """
 
     linears: tuple[str, ...]
     width: int
+    expert: int | None = None
 
 
 @dataclass(frozen=True)
@@ -48,12 +53,46 @@ class Replay:
 
 
 @dataclass(frozen=True)
+class Stage:
+    """Groups whose sums are in memory at the same time.
+
+    Attributes:
+        ahead: whether what enters the layer's experts is noted on the way, for later stages.
+    """
+
+    groups: tuple[Group, ...]
+    ahead: bool = False
+
+    @property
+    def of_expert(self) -> bool:
+        """Whether all of it lies in one expert."""
+        return any(group.expert is not None for group in self.groups)
+
+
+@dataclass(frozen=True)
 class LayerStructure:
-    """What was seen in one decoder layer."""
+    """What was seen in one decoder layer; `experts` is the module of its experts, if it has any."""
 
     groups: tuple[Group, ...]
     replays: tuple[Replay, ...]
     returns_tuple: bool
+    experts: str | None = None
+
+    def stages(self, *, sequential: bool) -> Iterator[Stage]:
+        """The order in which sums are collected: one expert at a time, the rest before.
+
+        Args:
+            sequential: group after group. Otherwise all inputs are those that the layer has before
+                any of it is pruned; so what enters the experts is noted in the first stage.
+        """
+        if sequential:
+            yield from (Stage((group,)) for group in self.groups)
+            return
+        for expert, groups in itertools.groupby(self._shared_first(), lambda g: g.expert):
+            yield Stage(tuple(groups), ahead=expert is None and self.experts is not None)
+
+    def _shared_first(self) -> list[Group]:
+        return sorted(self.groups, key=lambda g: -1 if g.expert is None else g.expert)
 
 
 @dataclass
@@ -119,17 +158,28 @@ def watch(layer: nn.Module, hidden: Tensor, kwargs: dict[str, Any]) -> LayerStru
     if not watcher.order:
         kind = type(layer).__name__
         raise UsageError(f"{kind}: expected torch.nn.Linear modules in a decoder layer, found none")
-    return LayerStructure(_group(watcher.order), tuple(watcher.replays), isinstance(output, tuple))
+    experts = next((n for n, module in layer.named_modules() if isinstance(module, Experts)), None)
+    groups = _group(watcher.order, f"{experts}.")
+    return LayerStructure(groups, tuple(watcher.replays), isinstance(output, tuple), experts)
 
 
-def _group(order: list[tuple[str, Tensor]]) -> tuple[Group, ...]:
+def _group(order: list[tuple[str, Tensor]], experts: str) -> tuple[Group, ...]:
     """Linears by the identity of their input; all inputs are alive, so identities are unique."""
     members: dict[int, list[str]] = {}
     widths: dict[int, int] = {}
     for name, tensor in order:
         members.setdefault(id(tensor), []).append(name)
         widths[id(tensor)] = tensor.shape[-1]
-    return tuple(Group(tuple(names), widths[key]) for key, names in members.items())
+    return tuple(
+        Group(tuple(names), widths[key], _expert(names[0], experts))
+        for key, names in members.items()
+    )
+
+
+def _expert(linear: str, experts: str) -> int | None:
+    """The number of the expert that a linear lies in: `mlp.experts.3.up_proj` in 3."""
+    inside = linear.startswith(experts)
+    return int(linear.removeprefix(experts).partition(".")[0]) if inside else None
 
 
 def _to_meta(value: Any) -> Any:

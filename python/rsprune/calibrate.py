@@ -11,8 +11,9 @@ Two paths at most: *dense* (the original weights) and *own* (the weights as comp
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -20,10 +21,11 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from rsprune import _core
-from rsprune.blocks import Group, LayerStructure
-from rsprune.checkpoint import TORCH_DTYPES
+from rsprune.blocks import Group, LayerStructure, Stage
+from rsprune.checkpoint import TORCH_DTYPES, as_stored
 from rsprune.config import Config
 from rsprune.errors import RspruneError
+from rsprune.experts import RoutedInputs
 from rsprune.layer_path import LayerPath, as_rows, twin
 from rsprune.methods.base import Inputs
 from rsprune.pool import TensorPool
@@ -40,10 +42,16 @@ class GroupStatistics:
     heldout: _core.Statistics | None
 
     @classmethod
-    def empty(cls, width: int, split: Split, *, corrected: bool) -> GroupStatistics:
-        """Sums of nothing."""
-        heldout = _core.Statistics(width, corrected=corrected) if split.heldout else None
-        return cls(_core.Statistics(width, corrected=corrected), heldout)
+    def empty(
+        cls, width: int, split: Split, *, corrected: bool, spill: Path | None = None
+    ) -> GroupStatistics:
+        """Sums of nothing; with `spill`, a folder, in files that have no name."""
+        path = spill / "sums" if spill else None
+
+        def sums() -> _core.Statistics:
+            return _core.Statistics(width, corrected=corrected, spill=path)
+
+        return cls(sums(), sums() if split.heldout else None)
 
 
 @dataclass
@@ -60,6 +68,7 @@ class LayerJob:
         where: how errors call this layer.
         correction: how much of the drift the target dense makes up for.
         tuned: whether the layer will be tuned, which takes both paths.
+        spill_sums: a folder for sums that are not to be in memory.
     """
 
     layer: nn.Module
@@ -74,6 +83,7 @@ class LayerJob:
     timing: Timing
     correction: float = 1.0
     tuned: bool = False
+    spill_sums: Path | None = None
 
     def groups(self, dense: Windows, own: Windows) -> Iterator[tuple[Group, GroupStatistics]]:
         """Yields every group with its sums, in order of use.
@@ -81,20 +91,24 @@ class LayerJob:
         The caller gives the group's new weights to `set_weight` before it asks for the next one.
         """
         self.open(dense, own)
-        if self.inputs.true_sequential:
-            stages: list[tuple[Group, ...]] = [(group,) for group in self.structure.groups]
-        else:
-            stages = [self.structure.groups]
+        stages = self.structure.stages(sequential=self.inputs.true_sequential)
         for number, stage in enumerate(stages):
             with self.timing.stage("calibrate"):
                 statistics = self._collect(stage, first=number == 0)
-            for group in stage:
+            for group in stage.groups:
                 yield group, statistics.pop(group)
 
-    def set_weight(self, linear: str, weight: NDArray[Any], dtype: str) -> None:
-        """Lets the own path run with a pruned weight [outputs, inputs], exactly as it is stored."""
-        if self._own is not None:
-            self._own.set_weight(linear, torch.from_numpy(weight).view(TORCH_DTYPES[dtype]))
+    def set_weight(self, linear: str, weight: NDArray[Any], dtype: str) -> NDArray[Any]:
+        """Lets the own path run with a pruned weight [outputs, inputs], exactly as it is stored.
+
+        Returns:
+            The weight in the path's memory where there is one: `weight` need not be kept.
+        """
+        if self._own is None:
+            return weight
+        torch_dtype = TORCH_DTYPES[dtype]
+        held = self._own.set_weight(linear, torch.from_numpy(weight).view(torch_dtype))
+        return as_stored(held, torch_dtype)
 
     def replay(self, stored: dict[str, Tensor]) -> None:
         """Runs the layer as it was run before, with the parameters that it was stored with.
@@ -157,10 +171,19 @@ class LayerJob:
         """Linears run, weighted by size, in whole passes over all windows."""
         return sum(path.passes for path in (self._dense, self._own) if path is not None)
 
+    @property
+    def needs_dense(self) -> bool:
+        """Whether the dense layer runs."""
+        return self.inputs.needs_dense or self.tuned
+
+    @property
+    def needs_own(self) -> bool:
+        """Whether the layer as compressed so far runs."""
+        return self.inputs.propagate == "model" or self.inputs.true_sequential or self.tuned
+
     def open(self, dense: Windows, own: Windows) -> None:
         """Begins: `groups` does so by itself, `replay` wants it done."""
-        needs_dense = self.inputs.needs_dense or self.tuned
-        needs_own = self.inputs.propagate == "model" or self.inputs.true_sequential or self.tuned
+        needs_dense, needs_own = self.needs_dense, self.needs_own
         layer = twin(self.layer) if needs_dense else self.layer  # before a path hooks into it
         self._dense = self._path("dense", self.layer, dense, None) if needs_dense else None
         pool = self.pool if needs_dense else None
@@ -176,19 +199,30 @@ class LayerJob:
             return self.store(f"{kind} {linear}", width)
 
         keeps = cache if self.inputs.true_sequential else None
-        return LayerPath(layer, self.structure, self.kwargs, hidden, keeps, pool)
+        routed = self.routed(kind, hidden)
+        return LayerPath(layer, self.structure, self.kwargs, hidden, keeps, pool, routed)
 
-    def _collect(self, stage: Sequence[Group], *, first: bool) -> dict[Group, GroupStatistics]:
-        alike = self._own is None or (first and self._same_start)
+    def routed(self, kind: str, hidden: Windows) -> RoutedInputs | None:
+        """Room for what enters the layer's experts on a path; None where it has none."""
+        if self.structure.experts is None:
+            return None
+        return RoutedInputs(self.store(f"{kind} experts", hidden.channels))
+
+    def _collect(self, stage: Stage, *, first: bool) -> dict[Group, GroupStatistics]:
+        unpruned = first or not self.inputs.true_sequential
+        alike = self._own is None or (unpruned and self._same_start)
         corrected = self.inputs.target == "dense" and not alike
         statistics = {
-            group: GroupStatistics.empty(group.width, self.split, corrected=corrected)
-            for group in stage
+            group: GroupStatistics.empty(
+                group.width, self.split, corrected=corrected, spill=self.spill_sums
+            )
+            for group in stage.groups
         }
         for window in range(self.split.count):
-            dense = self._dense_inputs(window, stage, first=first, needed=alike or corrected)
-            own = dense if alike else self._own_inputs(window, stage)
-            for group in stage:
+            own = {} if alike else self._own_inputs(window, stage)
+            dense = self._dense_inputs(window, stage, first=first, alike=alike, needed=corrected)
+            own = dense if alike else own
+            for group in stage.groups:
                 reference = None
                 if corrected:
                     reference = torch.lerp(own[group], dense[group], self.correction)
@@ -196,18 +230,27 @@ class LayerJob:
         return statistics
 
     def _dense_inputs(
-        self, window: int, stage: Sequence[Group], *, first: bool, needed: bool
+        self, window: int, stage: Stage, *, first: bool, alike: bool, needed: bool
     ) -> dict[Group, Tensor]:
-        """Inputs in the dense layer; its output is taken along in the first stage."""
+        """Inputs in the dense layer; its output is taken along in the first stage.
+
+        Tokens that are compared with those of the own path are those that its router chose.
+        """
         if self._dense is None:
             return {}
         if first:
             caught, output = self._dense.inputs_and_output(window, stage)
             self._next.put(window, output)
             return caught
-        return self._dense.inputs(window, stage) if needed else {}
+        if alike:
+            return self._dense.inputs(window, stage)
+        if not needed:
+            return {}
+        assert self._own is not None
+        numbers = self._own.routing(window) if stage.of_expert else None
+        return self._dense.inputs(window, stage, numbers)
 
-    def _own_inputs(self, window: int, stage: Sequence[Group]) -> dict[Group, Tensor]:
+    def _own_inputs(self, window: int, stage: Stage) -> dict[Group, Tensor]:
         assert self._own is not None
         return self._own.inputs(window, stage)
 

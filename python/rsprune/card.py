@@ -116,7 +116,8 @@ def _certificate(report: Report) -> str:
     for row in by_kind(report.tensors):
         errors = f"{_number(row.error)} | {_number(row.heldout_error)}"
         lines.append(f"| `{row.kind}` | {row.count} | {errors} | {row.sparsity:.1%} |")
-    return "\n".join([*lines, ""])
+    few = [f"\n{report.few_tokens}."] if report.few_tokens else []
+    return "\n".join([*lines, *few, ""])
 
 
 def _number(value: float | None) -> str:

@@ -17,6 +17,7 @@ import os
 import shutil
 import socket
 import tempfile
+import warnings
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -109,6 +110,21 @@ class Checkpoint:
         flat = target.reshape(-1)
         for start, piece in self.pieces(name):
             flat[start : start + len(piece)] = piece
+
+    def view(self, name: str) -> torch.Tensor:
+        """The tensor as stored, in the memory of its file: for what is too much to hold.
+
+        Whoever cuts the file while this is in use kills the process; what is read is safe of that.
+        """
+        info = self.tensors[name]
+        dtype = TORCH_DTYPES[info.dtype]
+        if info.nbytes == 0:
+            return torch.empty(info.shape, dtype=dtype)
+        with _named_errors():
+            raw = np.frombuffer(memoryview(self._shards[info.file].map(name)), dtype=np.uint8)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", UserWarning)  # "not writable": meant so
+            return torch.from_numpy(raw).view(dtype).reshape(info.shape)
 
     def rows(self, name: str, indices: list[int]) -> torch.Tensor:
         """Some rows of a matrix, as stored, [indices, columns]."""

@@ -3,8 +3,9 @@
     seconds = work counted from shapes / speed measured in two seconds on this machine, as it is now
 
 Work: a forward pass of a layer is `2 P T` for its weights and `2 T^2 C` for causal attention, T
-tokens and C channels a window; a Gram is `n^2` a token; a solver's step is `2 m n^2`, of which a
-method takes `products`. Good to a factor of about two: a busy machine moves it more.
+tokens and C channels a window (an expert's weights count for the tokens that it sees); a Gram is
+`n^2` a token; a solver's step is `2 m n^2`, of which a method takes `products`. Good to a factor of
+about two: a busy machine moves it more.
 """
 
 from __future__ import annotations
@@ -18,8 +19,10 @@ import torch
 
 from rsprune import _core, methods
 from rsprune.config import Config
+from rsprune.experts import ExpertLinear
 from rsprune.methods.base import Inputs
 from rsprune.plan import Plan, Prepared
+from rsprune.skeleton import Skeleton
 
 PROBE_SECONDS = 0.7
 PROBE_WIDTH = 1024
@@ -72,14 +75,15 @@ def stages(prepared: Prepared, config: Config, speeds: Speeds) -> list[Stage]:
     calibrate, propagate = _passes(inputs)
     tokens = config.samples * config.seq_len
     grams = sum(
-        group.width**2 * tokens * _sums(inputs)
-        for structure in prepared.opening.structures
+        group.width**2 * tokens * _sums(inputs) * (1.0 if group.expert is None else share)
+        for index, structure in enumerate(prepared.opening.structures)
+        for share in (prepared.skeleton.expert_share(index),)
         for group in structure.groups
     )
     products = methods.get(config.method).products(config)
     steps = sum(2 * o.rows * o.columns**2 for o in plan.operators)
     weights = plan.output_bytes
-    spilled = dict(plan.memory)["hidden states"] if plan.spill else 0
+    spilled = sum(dict(plan.memory)[name] for name in plan.spill)
     found = [
         Stage("read and check", weights / DISK_BYTES_PER_SECOND, weights, 0),
         Stage(
@@ -104,9 +108,16 @@ def stages(prepared: Prepared, config: Config, speeds: Speeds) -> list[Stage]:
 def _forward_work(prepared: Prepared, config: Config) -> float:
     """Operations of the largest layer on all windows."""
     skeleton = prepared.skeleton
-    weights = max(sum(p.numel() for p in layer.parameters()) for layer in skeleton.layers)
+    weights = max(_weights_used(skeleton, index) for index in range(len(skeleton.layers)))
     window = 2 * weights * config.seq_len + 2 * config.seq_len**2 * skeleton.channels
     return float(window * config.samples)
+
+
+def _weights_used(skeleton: Skeleton, index: int) -> float:
+    """Weights of a layer that a token meets."""
+    layer, share = skeleton.layers[index], skeleton.expert_share(index)
+    lent = sum(m.weight.numel() for m in layer.modules() if isinstance(m, ExpertLinear))
+    return sum(p.numel() for p in layer.parameters()) - (1 - share) * lent
 
 
 def _passes(inputs: Inputs) -> tuple[float, float]:

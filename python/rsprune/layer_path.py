@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import numpy as np
@@ -17,7 +17,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from rsprune.blocks import Group, LayerStructure, Replay, StopForwardError
+from rsprune.blocks import Group, LayerStructure, Replay, Stage, StopForwardError
+from rsprune.experts import ExpertLinear, RoutedInputs
 from rsprune.pool import TensorPool
 from rsprune.windows import Windows
 
@@ -33,6 +34,7 @@ class LayerPath:
         cache: makes room for inputs that replays need; None where every run must be whole.
         pool: lends a buffer for every weight that is replaced; None where the layer's own weights
             may be overwritten.
+        routed: keeps what enters the layer's experts; None where it has none.
 
     Attributes:
         passes: linears run so far, weighted by size, in whole layers over all windows.
@@ -46,6 +48,7 @@ class LayerPath:
         hidden: Windows,
         cache: Callable[[str, int], Windows] | None,
         pool: TensorPool | None,
+        routed: RoutedInputs | None = None,
     ) -> None:
         self.layer = layer
         self.structure = structure
@@ -58,52 +61,80 @@ class LayerPath:
         self._caught: dict[Group, Tensor] = {}
         self._cache: dict[Replay, Windows] = {}
         self._known: set[tuple[Replay, int]] = set()
+        self._routed = routed
         for replay in structure.replays:
             width = _width(structure, replay.linear)
             if cache is not None and width <= hidden.channels:
                 self._cache[replay] = cache(replay.linear, width)
         self._count_work()
 
-    def inputs(self, window: int, groups: Sequence[Group]) -> dict[Group, Tensor]:
-        """The inputs [tokens, width] of `groups`; the layer runs no further than needed."""
-        return self._run(window, groups, stop=True)[0]
+    def inputs(
+        self, window: int, stage: Stage, numbers: Tensor | None = None
+    ) -> dict[Group, Tensor]:
+        """The inputs [tokens, width] of a stage's groups; the layer runs no further than needed.
 
-    def inputs_and_output(
-        self, window: int, groups: Sequence[Group]
-    ) -> tuple[dict[Group, Tensor], Tensor]:
-        """The inputs of `groups` and the layer's output [1, tokens, channels]."""
-        caught, output = self._run(window, groups, stop=False)
+        Args:
+            window: which window.
+            stage: which groups.
+            numbers: routing that decides which tokens an expert sees; None for the path's own.
+        """
+        if not stage.of_expert:
+            return self._run(window, stage, stop=True)[0]
+        own_numbers = self.routing(window)
+        return self._run_expert(window, stage, own_numbers if numbers is None else numbers)
+
+    def routing(self, window: int) -> Tensor:
+        """The experts [tokens, k] that this path's router chooses; runs up to there once."""
+        assert self._routed is not None
+        if window not in self._routed.numbers:
+            self._run(window, Stage((), ahead=True), stop=True)
+        return self._routed.numbers[window]
+
+    def inputs_and_output(self, window: int, stage: Stage) -> tuple[dict[Group, Tensor], Tensor]:
+        """The inputs of a stage's groups and the layer's output [1, tokens, channels]."""
+        caught, output = self._run(window, stage, stop=False)
         assert output is not None  # nothing stopped the run
         return caught, output
 
     def output(self, window: int) -> Tensor:
         """The layer's output [1, tokens, channels]."""
-        return self.inputs_and_output(window, ())[1]
+        return self.inputs_and_output(window, Stage(()))[1]
 
-    def set_weight(self, linear: str, weight: Tensor) -> None:
-        """Puts a compressed weight [outputs, inputs] in place of the one that the layer holds."""
-        self._put(self.layer.get_submodule(linear), "weight", weight)
+    def set_weight(self, linear: str, weight: Tensor) -> Tensor:
+        """Puts a compressed weight [outputs, inputs] in place of the one that the layer holds.
+
+        Returns:
+            The same in the layer's memory, so that nobody needs to keep `weight` as well.
+        """
+        module = self.layer.get_submodule(linear)
+        self._put(module, "weight", weight)
+        return module.get_parameter("weight").detach()
 
     def put_parameters(self, values: dict[str, Tensor]) -> None:
         """Puts tuned or stored parameters, by their names in the layer, in place of its own.
 
-        Inputs that were noted for replays are no longer true, and are forgotten.
+        Inputs that were noted are no longer true, and are forgotten.
         """
         for name, value in values.items():
             module, _, leaf = name.rpartition(".")
             self._put(self.layer.get_submodule(module), leaf, value)
         self._known.clear()
+        if self._routed is not None:
+            self._routed.numbers.clear()
 
     def _put(self, module: nn.Module, leaf: str, value: Tensor) -> None:
+        if isinstance(module, ExpertLinear):
+            module._parameters[leaf] = nn.Parameter(value, requires_grad=False)
+            return
         if self._pool is not None:
-            buffer = self._pool.take(value.shape)
+            buffer = self._pool.take(value.shape, module.get_parameter(leaf).dtype)
             self._borrowed.append(buffer)
             module._parameters[leaf] = nn.Parameter(buffer, requires_grad=False)
         with torch.no_grad():
             module.get_parameter(leaf).copy_(value)
 
     def _run(
-        self, window: int, groups: Sequence[Group], *, stop: bool
+        self, window: int, stage: Stage, *, stop: bool
     ) -> tuple[dict[Group, Tensor], Tensor | None]:
         output: Tensor | None = None
         self._caught = {}
@@ -111,15 +142,48 @@ class LayerPath:
             stack.enter_context(self._replays(window))
             kept = {replay.linear for replay in self._cache}
             for group in self.structure.groups:
-                if group in groups or kept & set(group.linears):
-                    wanted = groups if stop else None
-                    stack.callback(self._catch(window, group, wanted).remove)
+                if group in stage.groups or kept & set(group.linears):
+                    stack.callback(self._catch(window, group, stage if stop else None).remove)
+            if stage.ahead:
+                stack.callback(self._note_routed(window, stage if stop else None).remove)
             stack.enter_context(contextlib.suppress(StopForwardError))
             output = run_layer(self.layer, self.hidden.get(window, self._device), self.kwargs)
-        return {group: self._caught[group] for group in groups}, output
+        return {group: self._caught[group] for group in stage.groups}, output
 
-    def _catch(self, window: int, group: Group, wanted: Sequence[Group] | None) -> Any:
-        """A hook that notes the group's input, and ends the run when all `wanted` are noted."""
+    def _run_expert(self, window: int, stage: Stage, numbers: Tensor) -> dict[Group, Tensor]:
+        """Runs a single expert on the tokens that `numbers` sends to it."""
+        number, experts = stage.groups[0].expert, self.structure.experts
+        assert number is not None
+        assert self._routed is not None
+        self._caught = {}
+        with contextlib.ExitStack() as stack, torch.no_grad():
+            for group in stage.groups:
+                stack.callback(self._catch(window, group, stage).remove)
+            stack.enter_context(contextlib.suppress(StopForwardError))
+            x = self._routed.gather(window, number, numbers, self._device)
+            self.layer.get_submodule(f"{experts}.{number}")(x)
+        return dict(self._caught)
+
+    def _note_routed(self, window: int, until: Stage | None) -> Any:
+        """A hook that notes what enters the experts, and ends the run when that was the last."""
+
+        def hook(module: nn.Module, args: tuple[Tensor, ...]) -> None:
+            assert self._routed is not None
+            self._routed.note(window, args[0], args[1])
+            self._end(window, until)
+
+        assert self.structure.experts is not None
+        return self.layer.get_submodule(self.structure.experts).register_forward_pre_hook(hook)
+
+    def _end(self, window: int, until: Stage | None) -> None:
+        """Ends the run when all that a stage wants is noted; None runs on."""
+        if until is None or not all(group in self._caught for group in until.groups):
+            return
+        if not until.ahead or (self._routed is not None and window in self._routed.numbers):
+            raise StopForwardError
+
+    def _catch(self, window: int, group: Group, until: Stage | None) -> Any:
+        """A hook that notes the group's input, and ends the run when all of `until` is noted."""
 
         def hook(module: nn.Module, args: tuple[Tensor, ...]) -> None:
             self._caught[group] = args[0].reshape(-1, group.width)
@@ -127,8 +191,7 @@ class LayerPath:
                 if replay.linear in group.linears and (replay, window) not in self._known:
                     cache.put(window, args[0])
                     self._known.add((replay, window))
-            if wanted is not None and all(g in self._caught for g in wanted):
-                raise StopForwardError
+            self._end(window, until)
 
         first = self.layer.get_submodule(group.linears[0])
         return first.register_forward_pre_hook(hook)

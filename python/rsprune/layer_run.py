@@ -22,10 +22,17 @@ from rsprune.config import Config
 from rsprune.errors import RspruneError
 from rsprune.layer_path import LayerPath
 from rsprune.permute import WINDOWS as PERMUTE_WINDOWS
-from rsprune.permute import Coupling, consumer_sums, find_couplings, reorder
+from rsprune.permute import (
+    Coupling,
+    consumer_sums,
+    expert_couplings,
+    find_couplings,
+    reorder,
+)
 from rsprune.plan import Operator, Prepared, is_ignored
 from rsprune.progress import Progress
 from rsprune.report import Journal
+from rsprune.scratch import Scratch
 from rsprune.windows import Windows
 
 
@@ -37,9 +44,11 @@ class LayerRun:
         index: of the layer, which is materialised.
         job: its way through the windows.
         patterns: what every operator is pruned to, by the name of its weight.
+        scratch: keeps changed weights of experts; None where the layer has none.
         changed: tensors to be stored, by on-disk name, as they are stored.
         permutations: what `permute` did, as the journal keeps it.
         passes: partial runs over the windows beside those of `job`.
+        starved: experts that saw too few tokens for the run's method.
     """
 
     index: int
@@ -49,9 +58,11 @@ class LayerRun:
     patterns: dict[str, _core.Pattern]
     journal: Journal
     progress: Progress
+    scratch: Scratch | None
     changed: dict[str, NDArray[Any]] = field(default_factory=dict)
     permutations: list[dict[str, Any]] = field(default_factory=list)
     passes: float = 0.0
+    starved: set[int] = field(default_factory=set)
 
     @cached_property
     def operators(self) -> dict[str, Operator]:
@@ -71,13 +82,24 @@ class LayerRun:
             group = int(self.config.pattern.partition(":")[2])
             fits = [c for c in found if c.segment % group == 0]  # groups must not straddle heads
             couplings = [c for c in fits if c.consumer in self.operators]
-            path = LayerPath(layer, job.structure, job.kwargs, hidden, None, None)
+            routed = job.routed("own" if job.needs_own else "dense", hidden)
+            path = LayerPath(layer, job.structure, job.kwargs, hidden, None, None, routed)
             count = min(PERMUTE_WINDOWS, job.split.calibration)
             sums = consumer_sums(path, couplings, count, job.threads)
-            self.passes += path.passes
-            path.close()
             for coupling in couplings:
                 self._reorder(coupling, sums[coupling.consumer])
+            for coupling in expert_couplings(job.structure):
+                if coupling.consumer in self.operators:
+                    found_sums = consumer_sums(path, [coupling], count, job.threads)
+                    self._reorder_expert(coupling, found_sums[coupling.consumer])
+            self.passes += path.passes
+            path.close()
+
+    def _reorder_expert(self, coupling: Coupling, sums: _core.Statistics) -> None:
+        """Orders need no more than norms: as many tokens as Wanda takes."""
+        columns = self.operators[coupling.consumer].columns
+        if not methods.too_few("wanda", tokens=sums.tokens, columns=columns):
+            self._reorder(coupling, sums)
 
     def _reorder(self, coupling: Coupling, sums: _core.Statistics) -> None:
         task = self._task(self.operators[coupling.consumer], GroupStatistics(sums, None))
@@ -86,13 +108,11 @@ class LayerRun:
             task, segment=segment, repeats=repeats, threads=self.job.threads
         )
         order = torch.from_numpy(found)
+        reorder(self.job.layer, coupling, order, self.scratch)
         for name in coupling.parameters(self.job.layer):
             on_disk = self._disk_name(name)
-            held = self.changed.get(on_disk)
-            stored = self.prepared.checkpoint.lend(on_disk) if held is None else held
-            moved = coupling.permute(name, torch.from_numpy(stored), order)
-            self.changed[on_disk] = moved.numpy()
-        reorder(self.job.layer, coupling, order)
+            dtype = TORCH_DTYPES[self.prepared.checkpoint.tensors[on_disk].dtype]
+            self.changed[on_disk] = as_stored(self.job.layer.get_parameter(name), dtype).copy()
         self.permutations.append({**dataclasses.asdict(coupling), "order": order.tolist()})
 
     def prune(self, linear: str, statistics: GroupStatistics) -> None:
@@ -100,11 +120,15 @@ class LayerRun:
         if (operator := self.operators.get(linear)) is None:
             return
         started = time.perf_counter()
+        method = self._method(operator, statistics)
         with self.job.timing.stage("solve"):
-            weight, certificate = self._solve(operator, statistics)
-        self.changed[operator.name] = weight
-        self.job.set_weight(linear, weight, operator.dtype)
-        method = methods.get(self.config.method)
+            weight, certificate = self._solve(method, operator, statistics)
+        if certificate["tokens"] == 0:
+            certificate["error"] = None  # not zero: nothing was measured
+        if operator.expert is not None and self.scratch is not None:
+            weight = self.scratch.keep(weight)
+        self.changed[operator.name] = self.job.set_weight(linear, weight, operator.dtype)
+        scope = self.config.scope or methods.get(self.config.method).scope
         self.journal.write(
             "tensor",
             name=operator.name,
@@ -113,22 +137,42 @@ class LayerRun:
             dtype=operator.dtype,
             method=method.name,
             pattern=str(self.patterns[operator.name]),
-            scope="matrix" if self.config.allocate else self.config.scope or method.scope,
+            scope="matrix" if self.config.allocate else scope,
             seconds=time.perf_counter() - started,
             **certificate,
         )
         self.progress.step(f"{self._place} {linear}", certificate["error"])
 
-    def _solve(self, operator: Operator, statistics: GroupStatistics) -> methods.Pruned:
+    def _method(self, operator: Operator, statistics: GroupStatistics) -> methods.Method:
+        """The run's method, or the one that needs no data where an expert saw too few tokens."""
+        tokens = statistics.calibration.tokens
+        name, columns = self.config.method, operator.columns
+        if operator.expert is None or not methods.too_few(name, tokens=tokens, columns=columns):
+            return methods.get(name)
+        self.starved.add(operator.expert)
+        return methods.get(methods.DATA_FREE)
+
+    def _solve(
+        self, method: methods.Method, operator: Operator, statistics: GroupStatistics
+    ) -> methods.Pruned:
         task, threads = self._task(operator, statistics), self.job.threads
         model_type = self.prepared.skeleton.config.model_type
         try:
-            pruned = methods.get(self.config.method).solve(
-                task, self.config, model_type=model_type, threads=threads
-            )
+            pruned = method.solve(task, self.config, model_type=model_type, threads=threads)
+            if method.name != self.config.method:
+                return pruned
             return methods.polish(task, pruned, self.config, threads=threads)
         except ValueError as error:
             raise RspruneError(f"{operator.name}: {error}") from None
+
+    def warn(self) -> None:
+        """Says which experts were not pruned by the run's method."""
+        if self.starved:
+            experts = ", ".join(str(expert) for expert in sorted(self.starved))
+            self.progress.note(
+                f"warning: {self._place}: too few tokens for experts {experts}; pruned by "
+                f"{methods.DATA_FREE} (the report's tokens say how many)"
+            )
 
     def tune(self) -> dict[str, float]:
         """Fits the kept weights and norms; returns what the report says of it."""

@@ -13,14 +13,18 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from rsprune import _core
-from rsprune.blocks import LayerStructure
+from rsprune.blocks import LayerStructure, Stage
+from rsprune.checkpoint import as_stored
+from rsprune.experts import ExpertLinear
 from rsprune.layer_path import LayerPath, as_rows, run_layer, with_parameters
+from rsprune.scratch import Scratch
 
 WINDOWS = 8
 """Calibration windows from which the energies of channels are known well enough."""
@@ -90,7 +94,8 @@ def _candidates(
         for group in structure.groups
         for linear in group.linears
     }
-    for before, after in zip(structure.groups, structure.groups[1:], strict=False):
+    shared = [group for group in structure.groups if group.expert is None]
+    for before, after in pairwise(shared):
         for consumer in after.linears[:1] if len(after.linears) == 1 else ():
             last = before.linears[-1]
             if all(rows[linear] in (after.width, 2 * after.width) for linear in before.linears):
@@ -120,11 +125,28 @@ def _output(layer: nn.Module, kwargs: dict[str, Any], sample: Tensor) -> Tensor:
     )  # what the layer adds: the residual stream would hide a difference
 
 
-def reorder(layer: nn.Module, coupling: Coupling, order: Tensor) -> None:
-    """Moves the channels of a layer, in place."""
+def expert_couplings(structure: LayerStructure) -> Iterator[Coupling]:
+    """One per expert, whose hidden channels may always change places: `down(act(gate) * up)`."""
+    experts = [group for group in structure.groups if group.expert is not None]
+    for inner, outer in zip(experts[::2], experts[1::2], strict=True):
+        yield Coupling(inner.linears, outer.linears[0], outer.width, 1)
+
+
+def reorder(
+    layer: nn.Module, coupling: Coupling, order: Tensor, scratch: Scratch | None = None
+) -> None:
+    """Moves the channels of a layer, in place; weights of experts are put in `scratch`."""
     for name in coupling.parameters(layer):
         value = layer.get_parameter(name)
-        value.copy_(coupling.permute(name, value, order))
+        moved = coupling.permute(name, value, order)
+        module, _, leaf = name.rpartition(".")
+        owner = layer.get_submodule(module)
+        if isinstance(owner, ExpertLinear):
+            assert scratch is not None
+            kept = torch.from_numpy(scratch.keep(as_stored(moved, moved.dtype)))
+            owner._parameters[leaf] = nn.Parameter(kept.view(moved.dtype), requires_grad=False)
+        else:
+            value.copy_(moved)
 
 
 def consumer_sums(
@@ -135,6 +157,6 @@ def consumer_sums(
     groups = [group for group in path.structure.groups if wanted & set(group.linears)]
     sums = {group.linears[0]: _core.Statistics(group.width) for group in groups}
     for window in range(windows):
-        for group, caught in path.inputs(window, groups).items():
+        for group, caught in path.inputs(window, Stage(tuple(groups))).items():
             sums[group.linears[0]].add(as_rows(caught), threads=threads)
     return sums

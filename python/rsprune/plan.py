@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import fnmatch
 import math
+from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -14,14 +15,16 @@ import psutil
 import torch
 
 from rsprune import _core, methods
-from rsprune.blocks import Group
+from rsprune.blocks import LayerStructure
 from rsprune.checkpoint import FLOATS, Checkpoint, TensorInfo, finished_bytes, free_bytes
 from rsprune.config import Config
 from rsprune.data import split_heldout
 from rsprune.errors import DoesNotFitError, UsageError
+from rsprune.experts import ExpertLinear
 from rsprune.memory import KEPT_BYTES, memory_limit, rss_anon
 from rsprune.methods.base import Inputs
 from rsprune.skeleton import Skeleton
+from rsprune.stored import StoredLinear
 from rsprune.stream import Opening, Stream
 
 GRAM_BYTES = 4
@@ -42,6 +45,7 @@ class Operator:
     columns: int
     dtype: str
     group: int
+    expert: int | None = None
 
 
 @dataclass(frozen=True)
@@ -58,7 +62,7 @@ class Plan:
     memory: list[tuple[str, int]]
     peak_bytes: int
     memory_limit: int
-    spill: bool
+    spill: tuple[str, ...]
     passes: str
     warnings: list[str]
 
@@ -103,7 +107,7 @@ def prepare(folder: Path, config: Config, out: Path | None) -> Prepared:
     stream = Stream(skeleton)
     opening = stream.open(config.seq_len)
     operators, ignored = _operators(skeleton, opening, config, pattern)
-    memory = _memory(skeleton, opening, inputs, config)
+    memory = _memory(skeleton, opening, inputs, config, operators)
     limit = config.memory or memory_limit()
     peak, spill = _fit(memory, limit)
     plan = Plan(
@@ -119,9 +123,10 @@ def prepare(folder: Path, config: Config, out: Path | None) -> Prepared:
         memory_limit=limit,
         spill=spill,
         passes=_passes(inputs, config),
-        warnings=_warnings(operators, config),
+        warnings=_warnings(skeleton, operators, config),
     )
-    _check_disk(plan, out, memory["hidden states"] if spill else 0)
+    scratch = 2 * _pruned_bytes(skeleton, operators, experts=True)
+    _check_disk(plan, out, scratch + sum(memory[name] for name in spill))
     return Prepared(plan, checkpoint, skeleton, stream, opening, inputs)
 
 
@@ -176,7 +181,9 @@ def _operators(
                 shape = tuple(skeleton.model.get_parameter(parameter).shape)
                 _check_tensor(info, shape, pattern)
                 rows, columns = info.shape
-                operators.append(Operator(name, layer, linear, rows, columns, info.dtype, index))
+                operators.append(
+                    Operator(name, layer, linear, rows, columns, info.dtype, index, group.expert)
+                )
     if not operators:
         raise UsageError(f"ignore {list(config.ignore)}: nothing is left to prune")
     return operators, ignored
@@ -196,31 +203,73 @@ def _check_tensor(info: TensorInfo, shape: tuple[int, ...], pattern: _core.Patte
         raise UsageError(str(error)) from None
 
 
-def _memory(skeleton: Skeleton, opening: Opening, inputs: Inputs, config: Config) -> dict[str, int]:
-    """Peak of anonymous memory by part; calibration passes run in float32."""
-    layer = max(sum(p.numel() for p in layer.parameters()) for layer in skeleton.layers)
-    paths = 2 if inputs.true_sequential or inputs.target == "dense" or config.tune_block else 1
-    grams = max(_gram_bytes(s.groups, inputs, config) for s in opening.structures)
+def _memory(
+    skeleton: Skeleton,
+    opening: Opening,
+    inputs: Inputs,
+    config: Config,
+    operators: list[Operator],
+) -> dict[str, int]:
+    """Peak of anonymous memory by part.
+
+    Products run in float32, one widened matrix at a time; a solver holds more than that.
+    """
+    layers = skeleton.layers
+    layer = max(sum(p.numel() for p in layer.parameters()) for layer in layers)
+    needs_dense = inputs.needs_dense or config.tune_block
+    needs_own = inputs.propagate == "model" or inputs.true_sequential or config.tune_block
+    grams = max(_gram_bytes(s, inputs, config) for s in opening.structures)
     width = max(g.width for s in opening.structures for g in s.groups)
-    widest = max(p.numel() for layer in skeleton.layers for p in layer.parameters() if p.dim() == 2)
+    widest = max(p.numel() for layer in layers for p in layer.parameters() if p.dim() == 2)
     channels = skeleton.channels
     window = config.seq_len * channels * 4
     held = 1 if inputs.propagate == "model" else 2  # a layer's inputs; beside them its outputs
     if inputs.propagate == "model" and (inputs.target == "dense" or config.tune_block):
         held = 3
     matrices, squares = methods.get(config.method).workspace
-    paths_cached = 2 if inputs.needs_dense or config.tune_block else 1
-    cached = paths_cached if inputs.true_sequential else 0
+    squares += int(inputs.target == "dense")  # a cross sum, while it is turned into a product
+    routed = any(structure.experts for structure in opening.structures)
+    paths = int(needs_dense) + int(needs_own)
+    cached = (1 + int(needs_dense)) * (int(inputs.true_sequential) + int(routed))
+    apart = 0 if needs_own else _pruned_bytes(skeleton, operators, experts=False)
     return {
         "python, torch and the model's structure": rss_anon(),
-        "decoder layer (float32)": layer * 4 * paths,
+        "decoder layer (as stored)": max(_held(skeleton, i) for i in range(len(layers))) * paths,
+        "pruned weights until they are written": apart,
         "Grams": grams,
-        "solver": widest * 4 * matrices + width * width * 4 * squares,
+        "solver": max(1, matrices) * widest * 4 + width * width * 4 * squares,
         "tuning": _tuning_bytes(layer, width, channels, config),
+        "budget": _budget_bytes(skeleton, operators, config),
         "activations of one window": window * 6 + config.seq_len * width * 4 * 4,
         "freed pages that the allocator keeps": KEPT_BYTES + 32 * 2**20,
+        "routing": _routing_bytes(skeleton, config) * (1 + int(needs_dense)) if routed else 0,
         "hidden states": config.samples * window * (held + cached),
     }
+
+
+def _held(skeleton: Skeleton, index: int) -> int:
+    """Bytes of a layer in memory: linears as stored, experts not at all, others widened."""
+    total = 0
+    for name, module in skeleton.layers[index].named_modules():
+        if isinstance(module, ExpertLinear):
+            continue
+        for leaf, parameter in module.named_parameters(recurse=False):
+            full_name = skeleton.layer_name(index, f"{name}.{leaf}" if name else leaf)
+            on_disk = skeleton.disk_name(full_name)
+            assert on_disk is not None  # the skeleton refused missing tensors
+            kept = isinstance(module, StoredLinear) and leaf == "weight"
+            stored = skeleton.checkpoint.tensors[on_disk].nbytes
+            total += stored if kept else parameter.numel() * 4
+    return total
+
+
+def _pruned_bytes(skeleton: Skeleton, operators: list[Operator], *, experts: bool) -> int:
+    """Of the largest layer, as stored: its experts, or all but them."""
+    layers: Counter[int] = Counter()
+    for operator in operators:
+        if (operator.expert is not None) == experts:
+            layers[operator.layer] += skeleton.checkpoint.tensors[operator.name].nbytes
+    return max(layers.values(), default=0)
 
 
 def _tuning_bytes(layer: int, width: int, channels: int, config: Config) -> int:
@@ -233,32 +282,56 @@ def _tuning_bytes(layer: int, width: int, channels: int, config: Config) -> int:
     return layer * 4 * (5 + side_by_side) + side_by_side * remembered
 
 
-def _gram_bytes(groups: tuple[Group, ...], inputs: Inputs, config: Config) -> int:
+def _routing_bytes(skeleton: Skeleton, config: Config) -> int:
+    """The numbers of the experts of every token, noted while a layer is pruned."""
+    chosen = int(skeleton.config.get_text_config().num_experts_per_tok)
+    return config.samples * config.seq_len * chosen * 4
+
+
+def _budget_bytes(skeleton: Skeleton, operators: list[Operator], config: Config) -> int:
+    """A layer pruned to three sparsities: in float32, experts as stored."""
+    if not config.allocate:
+        return 0
+    layers: Counter[int] = Counter()
+    for operator in operators:
+        of_expert = operator.expert is not None
+        nbytes = skeleton.checkpoint.tensors[operator.name].nbytes
+        layers[operator.layer] += nbytes if of_expert else operator.rows * operator.columns * 4
+    return 3 * max(layers.values())
+
+
+def _gram_bytes(structure: LayerStructure, inputs: Inputs, config: Config) -> int:
+    """Sums that are held at the same time: those of the stage that needs most."""
     kinds = 2 if config.heldout > 0 else 1
     drifts = inputs.true_sequential or inputs.propagate == "model"
     squares = 2.0 if inputs.target == "dense" and drifts else 0.5  # two halves and a whole, or one
-    each = [int(g.width * (g.width + GRAM_BLOCK) * squares) * GRAM_BYTES * kinds for g in groups]
-    return max(each) if inputs.true_sequential else sum(each)
+    return max(
+        sum(int(g.width * (g.width + GRAM_BLOCK) * squares) for g in stage.groups)
+        for stage in structure.stages(sequential=inputs.true_sequential)
+    ) * (GRAM_BYTES * kinds)
 
 
-def _fit(memory: dict[str, int], limit: int) -> tuple[int, bool]:
-    """The peak, and whether hidden states must go to a file to stay below `limit`."""
+SPILLS = ("hidden states", "Grams")
+"""Parts that may lie in a file, in the order in which they go there."""
+
+
+def _fit(memory: dict[str, int], limit: int) -> tuple[int, tuple[str, ...]]:
+    """The peak, and what must go to a file to stay below `limit`."""
     total = sum(memory.values())
-    if total <= limit:
-        return total, False
-    spilled = total - memory["hidden states"]
-    if spilled > limit:
-        parts = ", ".join(f"{name} {size / 2**20:.0f} MiB" for name, size in memory.items())
-        raise DoesNotFitError(
-            f"memory {limit / 2**20:.0f} MiB: too small for this plan, which needs "
-            f"{math.ceil(spilled / 2**20)} MiB with hidden states in a file ({parts})",
-            smallest=spilled,
-        )
-    return spilled, True
+    for count in range(len(SPILLS) + 1):
+        peak = total - sum(memory[name] for name in SPILLS[:count])
+        if peak <= limit:
+            return peak, SPILLS[:count]
+    parts = ", ".join(f"{name} {size / 2**20:.0f} MiB" for name, size in memory.items() if size)
+    raise DoesNotFitError(
+        f"memory {limit / 2**20:.0f} MiB: too small for this plan, which needs "
+        f"{math.ceil(peak / 2**20)} MiB with {' and '.join(SPILLS)} in a file ({parts})",
+        smallest=peak,
+    )
 
 
-def _check_disk(plan: Plan, out: Path | None, spill: int) -> None:
-    needed = plan.output_bytes + spill - (finished_bytes(out) if out is not None else 0)
+def _check_disk(plan: Plan, out: Path | None, scratch: int) -> None:
+    needed = plan.output_bytes + scratch - (finished_bytes(out) if out is not None else 0)
     if out is not None and needed > plan.disk_free:
         raise UsageError(
             f"output {out}: needs {needed} bytes on disk, found {plan.disk_free} bytes free"
@@ -286,15 +359,18 @@ def _passes(inputs: Inputs, config: Config) -> str:
     return ", ".join(parts)
 
 
-def _warnings(operators: list[Operator], config: Config) -> list[str]:
+def _warnings(skeleton: Skeleton, operators: list[Operator], config: Config) -> list[str]:
     calibration, _ = split_heldout(torch.empty(config.samples, 0), config.heldout)
     tokens = len(calibration) * config.seq_len
-    widest = max(operators, key=lambda o: o.columns)
+    shares = [skeleton.expert_share(index) for index in range(len(skeleton.layers))]
+    worst = max(operators, key=lambda o: o.columns / (1.0 if o.expert is None else shares[o.layer]))
+    share = 1.0 if worst.expert is None else shares[worst.layer]
     warnings = []
-    if tokens < 2 * widest.columns:
+    if tokens * share < 2 * worst.columns:
+        mean = "" if share == 1 else f"on average {tokens * share:.0f} of "
         warnings.append(
-            f"{widest.name}: {tokens} calibration tokens are few for {widest.columns} input "
-            f"channels; use at least {2 * widest.columns}"
+            f"{worst.name}: {mean}{tokens} calibration tokens are few for {worst.columns} input "
+            f"channels; use at least {math.ceil(2 * worst.columns / share)}"
         )
     if config.memory is not None and config.memory > psutil.virtual_memory().total:
         warnings.append("memory: the bound is larger than the machine's memory")

@@ -102,6 +102,20 @@ class Report:
     files: list[Record] = field(default_factory=list)
     allocation: Record | None = None
 
+    @property
+    def few_tokens(self) -> str | None:
+        """A sentence on the experts that saw too few tokens for the run's method; None if none."""
+        method = (self.run.get("config") or {}).get("method")
+        few = [record for record in self.tensors if record.get("method", method) != method]
+        if not few:
+            return None
+        counts = [record.get("tokens") or 0 for record in few]
+        rules = ", ".join(sorted({str(record.get("method")) for record in few}))
+        return (
+            f"{len(few)} of {len(self.tensors)} tensors lie in experts that saw too few tokens "
+            f"({min(counts)} to {max(counts)}) and were pruned by {rules} instead of {method}"
+        )
+
 
 def load_report(folder: str | Path) -> Report:
     """Reads the report in `folder`.

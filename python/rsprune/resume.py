@@ -22,11 +22,12 @@ from torch import Tensor
 
 from rsprune import _core
 from rsprune.calibrate import LayerJob
-from rsprune.checkpoint import TORCH_DTYPES, Checkpoint, sha256
+from rsprune.checkpoint import Checkpoint, sha256
 from rsprune.config import Config
 from rsprune.errors import UsageError
 from rsprune.permute import Coupling, reorder
 from rsprune.report import REPORT_NAME, Record, read_records
+from rsprune.scratch import Scratch
 
 FREE = ("memory", "threads", "device")
 """Options that change no bit of the result, or whose effect is a part of its own."""
@@ -108,7 +109,9 @@ def rewind(folder: Path, layers: int) -> list[Record]:
     return [record for _, record in kept]
 
 
-def replay(job: LayerJob, shard: Path, names: Mapping[str, str], record: Record) -> None:
+def replay(
+    job: LayerJob, shard: Path, names: Mapping[str, str], record: Record, scratch: Scratch | None
+) -> None:
     """Runs a finished layer over all windows again, as it was run when it was pruned.
 
     Args:
@@ -116,18 +119,12 @@ def replay(job: LayerJob, shard: Path, names: Mapping[str, str], record: Record)
         shard: what the layer was stored as.
         names: parameter name in the layer -> on-disk name.
         record: the layer's line in the journal.
+        scratch: keeps permuted weights of experts; None where the layer has none.
     """
     for moved in record.get("permutations", ()):
         coupling = Coupling(
             tuple(moved["producers"]), moved["consumer"], moved["segment"], moved["repeats"]
         )
-        reorder(job.layer, coupling, torch.tensor(moved["order"]))
-    stored = _core.Shard(shard)
-    dtypes = {name: dtype for name, dtype, *_ in stored.tensors()}
-
-    def value(name: str) -> Tensor:
-        on_disk = names[name]
-        raw = torch.from_numpy(stored.read(on_disk)).view(TORCH_DTYPES[dtypes[on_disk]])
-        return raw.reshape(job.layer.get_parameter(name).shape)
-
-    job.replay({name: value(name) for name, _ in job.layer.named_parameters()})
+        reorder(job.layer, coupling, torch.tensor(moved["order"]), scratch)
+    stored = Checkpoint(shard.parent, {shard.name: _core.Shard(shard)})
+    job.replay({name: stored.view(names[name]) for name, _ in job.layer.named_parameters()})

@@ -11,8 +11,9 @@ for each other decoder layer:
         collect Grams of the stage's inputs, window after window
         prune   each operator; the layer now holds what will be stored
     tune        kept weights to the dense layer's output, where asked for
+    put         one output shard
     advance     hidden states to the next layer
-    put         one output shard, one journal line
+    note        one journal line: from now on the layer is finished
 finish          shard of the rest, other files, card, index; one rename
 """
 
@@ -34,12 +35,14 @@ from rsprune.card import model_card
 from rsprune.checkpoint import OutputFolder, check_output, other_files
 from rsprune.config import Config
 from rsprune.data import Corpus, calibration_windows, load_texts, split_heldout
+from rsprune.experts import stored_bytes
 from rsprune.layer_run import LayerRun
 from rsprune.memory import PeakWatch, give_freed_pages_back, keep_freed_pages, rss_anon
 from rsprune.plan import Plan, Prepared, device, parse_pattern, prepare
 from rsprune.progress import NullProgress, Progress
 from rsprune.report import REPORT_NAME, Journal, Report, load_report, read_records
 from rsprune.resume import check_fingerprint, fingerprint, finished, replay, rewind
+from rsprune.scratch import Scratch
 from rsprune.skeleton import load_tokenizer
 from rsprune.sources import resolve
 from rsprune.timing import Timing
@@ -231,23 +234,26 @@ class _Run:
         skeleton = self.prepared.skeleton
         job = self._job(output, index)
         layer = LayerRun(
-            index, self.prepared, self.config, job, self.patterns, self.journal, self.progress
-        )
+            index, self.prepared, self.config, job, self.patterns, self.journal, self.progress,
+            self._scratch(output, job),
+        )  # fmt: skip
         if self.permutes:
             layer.permute(dense)
         for group, statistics in job.groups(dense, own):
             for linear in group.linears:
                 layer.prune(linear, statistics)
             del statistics  # or they would be held while the next group's are summed
+        layer.warn()
         tuning = {"tuning": layer.tune()} if self.config.tune_block else {}
-        dense, own = job.advance()
-        passes = job.passes + layer.passes
-        skeleton.drop_layer(index)
-        give_freed_pages_back()
         with self.timing.stage("write"):
             names = self._names(index)
             file = self._shard(index + 1)
             record = output.put_shard(file, self.prepared.checkpoint, names, layer.changed)
+        layer.changed.clear()  # they lie in the memory of the layer, which goes on
+        dense, own = job.advance()
+        passes = job.passes + layer.passes
+        skeleton.drop_layer(index)
+        give_freed_pages_back()
         elapsed = time.perf_counter() - started
         rss = self.peak.sample()
         moved = {"permutations": layer.permutations} if layer.permutations else {}
@@ -267,7 +273,8 @@ class _Run:
         names = {}
         for name, _ in skeleton.layers[index].named_parameters():
             names[name] = skeleton.disk_name(skeleton.layer_name(index, name)) or name
-        replay(job, output.folder / record["file"], names, record)
+        scratch = self._scratch(output, job)
+        replay(job, output.folder / record["file"], names, record, scratch)
         output.keep_shard(record["file"], self.prepared.checkpoint, self._names(index))
         dense, own = job.advance()
         skeleton.drop_layer(index)
@@ -276,6 +283,11 @@ class _Run:
             if each["layer"] == index:
                 self.progress.step(f"layer {index + 1}/{self.plan.layers}, finished before")
         return dense, own
+
+    def _scratch(self, output: OutputFolder, job: LayerJob) -> Scratch | None:
+        """Room for every expert of a layer twice: permuted, and pruned."""
+        nbytes = stored_bytes(job.layer)
+        return Scratch(output.scratch, 2 * nbytes) if nbytes else None
 
     def _job(self, output: OutputFolder, index: int) -> LayerJob:
         """A layer in memory, on its way through the windows."""
@@ -297,6 +309,7 @@ class _Run:
             timing=self.timing,
             correction=self.config.correction,
             tuned=self.config.tune_block,
+            spill_sums=output.scratch if "Grams" in self.plan.spill else None,
         )
 
     def finish(self, output: OutputFolder, model: str) -> None:
@@ -326,7 +339,8 @@ class _Run:
     def _store(self, output: OutputFolder, kind: str, channels: int) -> Windows:
         """Room for hidden states, made once for every kind and used again layer after layer."""
         if kind not in self._windows:
-            spill = output.scratch / kind.replace(" ", "-") if self.plan.spill else None
+            spills = "hidden states" in self.plan.spill
+            spill = output.scratch / kind.replace(" ", "-") if spills else None
             shape = (self.split.count, self.config.seq_len, channels)
             self._windows[kind] = Windows(*shape, spill=spill)
         return self._windows[kind]

@@ -16,9 +16,11 @@ import torch
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
-from rsprune.checkpoint import Checkpoint
+from rsprune.checkpoint import TORCH_DTYPES, Checkpoint, TensorInfo
 from rsprune.errors import UsageError
+from rsprune.experts import ExpertLinear, Experts, unfuse
 from rsprune.pool import TensorPool
+from rsprune.stored import StoredLinear, keep_stored
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -75,6 +77,8 @@ class Skeleton:
                 if buffer is not None:
                     buffered._buffers[name] = buffer.to(self.device)
         self.layer_prefix, self.layers = _decoder_layers(self.model)
+        unfuse(self.layers, self.layer_prefix)
+        keep_stored(self.layers)
         self._tied = _tied_names(self.model)
         self._renamed = _renamed(self.model, checkpoint.tensors)
         self._disk_names = {name: disk_name for disk_name, name in self._renamed.items()}
@@ -117,19 +121,28 @@ class Skeleton:
                 return int(index)
         return None
 
-    def load(self, name: str) -> Tensor:
-        """Parameter `name` as float32 on the device, in a buffer of the pool."""
+    def load(self, name: str, dtype: torch.dtype | None = torch.float32) -> Tensor:
+        """Parameter `name` on the device, in a buffer of the pool; None keeps its stored type."""
+        info = self._info(name)
+        tensor = self.pool.take(torch.Size(info.shape), dtype or TORCH_DTYPES[info.dtype])
+        self.checkpoint.copy_to(info.name, tensor)
+        return tensor
+
+    def view(self, name: str) -> Tensor:
+        """Parameter `name` as it is stored, in the memory of its shard."""
+        return self.checkpoint.view(self._info(name).name)
+
+    def _info(self, name: str) -> TensorInfo:
+        """What the disk says of parameter `name`, its shape checked."""
         disk_name = self.disk_name(name)
         if disk_name is None:
             raise MissingTensorsError([name], self.checkpoint.folder)
+        info = self.checkpoint.tensors[disk_name]
         expected = tuple(self.model.get_parameter(name).shape)
-        found = self.checkpoint.tensors[disk_name].shape
-        if found != expected:
+        if info.shape != expected:
             message = f"{disk_name}: expected shape {list(expected)} from config.json"
-            raise UsageError(f"{message}, found {list(found)}")
-        tensor = self.pool.take(torch.Size(found))
-        self.checkpoint.copy_to(disk_name, tensor)
-        return tensor
+            raise UsageError(f"{message}, found {list(info.shape)}")
+        return info
 
     @contextlib.contextmanager
     def materialised(self, names: list[str]) -> Iterator[None]:
@@ -168,6 +181,13 @@ class Skeleton:
         """Channels of the hidden states between decoder layers."""
         return int(self.config.get_text_config().hidden_size)
 
+    def expert_share(self, index: int) -> float:
+        """Of all tokens, those that an expert of layer `index` sees on average."""
+        lists = [m for m in self.layers[index].modules() if isinstance(m, Experts)]
+        if not lists:
+            return 1.0
+        return float(self.config.get_text_config().num_experts_per_tok) / len(lists[0])
+
     def is_tied_copy(self, disk_name: str) -> bool:
         """Whether an on-disk tensor repeats, bit for bit, one that the model ties it to."""
         for names in self._tied:
@@ -182,12 +202,16 @@ class Skeleton:
         return next(names)
 
     def load_layer(self, index: int) -> None:
-        """Brings all parameters of decoder layer `index` into memory."""
+        """Brings decoder layer `index` into memory; weights of experts stay views of the disk."""
         layer = self.layers[index]
         for name, _ in list(layer.named_parameters()):
             module, _, leaf = name.rpartition(".")
-            tensor = self.load(self.layer_name(index, name))
-            owner = layer.get_submodule(module)
+            owner, full_name = layer.get_submodule(module), self.layer_name(index, name)
+            if isinstance(owner, ExpertLinear):
+                tensor = self.view(full_name)
+            else:
+                kept = isinstance(owner, StoredLinear) and leaf == "weight"
+                tensor = self.load(full_name, None if kept else torch.float32)
             owner._parameters[leaf] = nn.Parameter(tensor, requires_grad=False)
 
     def drop_layer(self, index: int) -> None:
@@ -195,8 +219,8 @@ class Skeleton:
         for module in self.layers[index].modules():
             for leaf, parameter in module._parameters.items():
                 if parameter is not None and parameter.device.type != "meta":
-                    empty = nn.Parameter(parameter.to("meta"), requires_grad=False)
-                    module._parameters[leaf] = empty
+                    empty = torch.empty_like(parameter, device="meta", dtype=torch.float32)
+                    module._parameters[leaf] = nn.Parameter(empty, requires_grad=False)
                     self.pool.give_back(parameter.data)
 
 

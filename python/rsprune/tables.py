@@ -40,16 +40,20 @@ def certificate_table(report: Report, *, every: bool = False) -> Table:
         zeros, seconds = f"{row.sparsity:.1%}", duration(row.seconds)
         table.add_row(_name(row.kind), str(row.count), *errors, zeros, seconds)
     table.caption = "errors: geometric mean over the layers"
+    if report.few_tokens:
+        table.caption += f"\n{report.few_tokens}"
     return table
 
 
 def _every_tensor(report: Report) -> Table:
-    table = new_table("tensor", "error", "held-out", "zeros", "pattern", "time")
+    table = new_table("tensor", "error", "held-out", "zeros", "pattern", "tokens", "time")
+    table.caption = report.few_tokens
     for record in report.tensors:
         errors = _number(record.get("error")), _number(record.get("heldout_error"))
         zeros = f"{record.get('sparsity') or 0.0:.1%}"
         seconds = duration(record.get("seconds"))
-        table.add_row(_name(record["name"]), *errors, zeros, str(record.get("pattern")), seconds)
+        pattern, tokens = str(record.get("pattern")), str(record.get("tokens", "-"))
+        table.add_row(_name(record["name"]), *errors, zeros, pattern, tokens, seconds)
     return table
 
 

@@ -142,7 +142,9 @@ class _Adam:
 
     @classmethod
     def of(cls, layer: nn.Module, dtypes: dict[str, torch.dtype], rate: float) -> _Adam:
-        given = {name: layer.get_parameter(name).detach().clone() for name in dtypes}
+        given = {
+            name: layer.get_parameter(name).detach().to(torch.float32, copy=True) for name in dtypes
+        }
         kept = [value != 0 if value.dim() == 2 else torch.ones_like(value, dtype=torch.bool)
                 for value in given.values()]  # fmt: skip
         units = [

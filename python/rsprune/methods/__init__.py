@@ -7,6 +7,7 @@ from rsprune.errors import UsageError
 from rsprune.methods.admm import Admm
 from rsprune.methods.base import Inputs, Method, Operator, Pruned
 from rsprune.methods.best import Best
+from rsprune.methods.few_tokens import DATA_FREE, too_few
 from rsprune.methods.fista import Fista
 from rsprune.methods.fista_plus import FistaPlus
 from rsprune.methods.magnitude import Magnitude
@@ -14,7 +15,18 @@ from rsprune.methods.polish import polish
 from rsprune.methods.sparsegpt import SparseGPT
 from rsprune.methods.wanda import Wanda
 
-__all__ = ["Inputs", "Method", "Operator", "Pruned", "get", "inputs_of", "names", "polish"]
+__all__ = [
+    "DATA_FREE",
+    "Inputs",
+    "Method",
+    "Operator",
+    "Pruned",
+    "get",
+    "inputs_of",
+    "names",
+    "polish",
+    "too_few",
+]
 
 _ALL: tuple[Method, ...] = (
     Magnitude(), Wanda(), SparseGPT(), Fista(), FistaPlus(), Admm(), Best(),

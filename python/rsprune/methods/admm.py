@@ -24,7 +24,7 @@ class Admm:
     scope: Literal["row", "matrix"] = "matrix"
     inputs = Inputs(propagate="layer", target="dense", true_sequential=True)
     permute = False
-    workspace = (12, 6)
+    workspace = (12, 7)
 
     def products(self, config: Config) -> float:
         """See `Method.products`."""

@@ -21,7 +21,7 @@ class Best:
     scope: Literal["row", "matrix"] = "matrix"
     inputs = Inputs(propagate="layer", target="dense", true_sequential=True)
     permute = True
-    workspace = (14, 6)
+    workspace = (14, 7)
 
     def products(self, config: Config) -> float:
         """See `Method.products`."""

@@ -27,7 +27,7 @@ class Fista:
     scope: Literal["row", "matrix"] = "matrix"
     inputs = Inputs(propagate="layer", target="dense", true_sequential=True)
     permute = False
-    workspace = (8, 4)
+    workspace = (9, 3)
 
     def products(self, config: Config) -> float:
         """See `Method.products`."""

@@ -27,7 +27,7 @@ class FistaPlus:
     scope: Literal["row", "matrix"] = "matrix"
     inputs = Inputs(propagate="layer", target="dense", true_sequential=True)
     permute = False
-    workspace = (12, 6)
+    workspace = (12, 7)
 
     def products(self, config: Config) -> float:
         """See `Method.products`."""

@@ -17,7 +17,7 @@ class Magnitude:
     scope: Literal["row", "matrix"] = "matrix"
     inputs = Inputs(propagate="model", target="own", true_sequential=False)
     permute = False
-    workspace = (5, 4)
+    workspace = (4, 0)
 
     def products(self, config: Config) -> float:
         """See `Method.products`."""

@@ -17,7 +17,7 @@ class SparseGPT:
     scope: Literal["row", "matrix"] = "matrix"
     inputs = Inputs(propagate="model", target="own", true_sequential=False)
     permute = False
-    workspace = (6, 5)
+    workspace = (4, 1)
 
     def products(self, config: Config) -> float:
         """See `Method.products`."""
