@@ -236,6 +236,7 @@ def _memory(
         "budget": _budget_bytes(skeleton, operators, config),
         "activations of one window": window * 6 + config.seq_len * width * 4 * 4,
         "freed pages that the allocator keeps": KEPT_BYTES + 32 * 2**20,
+        "routing": _routing_bytes(skeleton, config) * paths_cached if routed else 0,
         "hidden states": config.samples * window * (held + cached),
     }
 
@@ -269,6 +270,12 @@ def _tuning_bytes(layer: int, width: int, channels: int, config: Config) -> int:
     side_by_side = min(threads, config.tune_batch)
     remembered = config.seq_len * (12 * channels + 6 * width) * 4
     return layer * 4 * (5 + side_by_side) + side_by_side * remembered
+
+
+def _routing_bytes(skeleton: Skeleton, config: Config) -> int:
+    """The numbers of the experts of every token, noted while a layer is pruned."""
+    chosen = int(skeleton.config.get_text_config().num_experts_per_tok)
+    return config.samples * config.seq_len * chosen * 4
 
 
 def _budget_bytes(skeleton: Skeleton, operators: list[Operator], config: Config) -> int:
