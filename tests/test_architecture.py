@@ -24,7 +24,7 @@ SOURCES = sorted(
 )
 
 FOUNDATIONS = {"errors", "config", "memory", "pool", "timing", "windows", "blocks", "data"}
-FOUNDATIONS |= {"progress", "report"}
+FOUNDATIONS |= {"progress", "report", "experts", "scratch"}
 MIDDLE = {"checkpoint", "skeleton", "stream", "layer_path", "calibrate", "methods", "evaluate"}
 MIDDLE |= {"sources", "inspect"}
 TOP = {"plan", "run", "demo", "verify", "tables", "card", "options", "cli"}

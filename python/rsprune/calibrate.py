@@ -7,6 +7,8 @@ Two paths at most: *dense* (the original weights) and *own* (the weights as comp
                                     dense output goes on; decoder layers are independent
     target=dense                    sums are corrected: they hold what differs between the paths
     true_sequential                 groups one after another, each on what the pruned ones give
+
+A layer's experts come one after another in any case; see `experts`.
 """
 
 from __future__ import annotations
@@ -86,7 +88,7 @@ class LayerJob:
     spill_sums: Path | None = None
 
     def groups(self, dense: Windows, own: Windows) -> Iterator[tuple[Group, GroupStatistics]]:
-        """Yields every group with its sums, in order of use.
+        """Yields every group with its sums, in order of use; experts last unless sequential.
 
         The caller gives the group's new weights to `set_weight` before it asks for the next one.
         """
