@@ -159,10 +159,12 @@ class _Batch:
                 self._hidden[index] = states
             layers = range(len(self._stream.skeleton.layers))
             self._kwargs[length] = [self._stream.kwargs(index) for index in layers]
+        give_freed_pages_back()
 
     def _run_layer(self, index: int) -> None:
-        """Replaces every passage's hidden states by the layer's output, one as soon as it is made:
-        two sets of hidden states are never in memory.
+        """Overwrites every passage's hidden states with the layer's output.
+
+        In place: new tensors would leave holes in the heap as large as all hidden states.
         """
         skeleton = self._stream.skeleton
         skeleton.load_layer(index)
@@ -172,7 +174,7 @@ class _Batch:
             states = self._hidden[passage]
             kwargs = self._kwargs[states.shape[1]][index]
             with torch.no_grad():
-                self._hidden[passage] = run_layer(layer, states, kwargs)
+                states.copy_(run_layer(layer, states, kwargs))
 
         self._each(run)
         skeleton.drop_layer(index)
