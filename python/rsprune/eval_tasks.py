@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import sys
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -108,7 +109,8 @@ def evaluate_tasks(
                 journal=journal,
                 most_tokens=None if resume is None else BATCH_TOKENS,
             )
-            found = evaluate(lm=lm, task_dict=loaded, limit=limit)
+            with contextlib.redirect_stdout(sys.stderr):  # the harness prints now and then
+                found = evaluate(lm=lm, task_dict=loaded, limit=limit)
     return TaskResults(
         results=found["results"],
         versions=found["versions"],

@@ -118,6 +118,12 @@ class StreamedLM(TemplateLM):  # type: ignore[misc]  # the harness has no types
     ) -> list[tuple[float, bool]]:
         """The answers, in the order of the requests."""
         asked = [self._question(request) for request in requests]
+        cut = sum(len(one) + len(two) > self.max_length + 1 for _, one, two in requests)
+        if cut:
+            limit = f"longer than {self.max_length} tokens"
+            self._scorer.progress.note(
+                f"{cut} requests are {limit}: their contexts are cut at the left"
+            )
         passages, names = self._passages(asked)
         for passage, scores in self._scorer.score(passages, most_tokens=self._most_tokens):
             for name, score in zip(names[passage.name], scores, strict=True):
