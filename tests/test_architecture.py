@@ -26,7 +26,8 @@ SOURCES = sorted(
 FOUNDATIONS = {"errors", "config", "memory", "pool", "timing", "windows", "blocks", "data"}
 FOUNDATIONS |= {"progress", "report", "experts", "scratch"}
 MIDDLE = {"checkpoint", "skeleton", "stream", "layer_path", "calibrate", "methods", "evaluate"}
-MIDDLE |= {"sources", "inspect"}
+MIDDLE |= {"sources", "inspect", "head", "scoring", "eval_plan", "eval_journal"}
+MIDDLE |= {"eval_tasks", "harness"}
 TOP = {"plan", "run", "demo", "verify", "tables", "card", "options", "cli"}
 
 

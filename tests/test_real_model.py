@@ -12,8 +12,11 @@ import torch
 import rsprune
 from rsprune.checkpoint import Checkpoint
 from rsprune.data import evaluation_windows, load_texts
+from rsprune.eval_journal import Journal
 from rsprune.evaluate import window_losses
+from rsprune.memory import memory_limit
 from rsprune.progress import NullProgress
+from rsprune.scoring import Scorer
 from rsprune.skeleton import Skeleton, load_tokenizer
 
 pytestmark = [pytest.mark.slow, pytest.mark.shared]
@@ -25,7 +28,8 @@ def test_streamed_losses_equal_those_of_the_whole_model(smollm2: Path) -> None:
     text = "\n".join(load_texts(None).documents[:40])
     windows = evaluation_windows(text, load_tokenizer(smollm2), 256)[:3]
     assert len(windows) == 3
-    streamed = list(window_losses(Skeleton(Checkpoint.open(smollm2)), windows, NullProgress()))
+    scorer = Scorer(Skeleton(Checkpoint.open(smollm2)), memory_limit(), 2, NullProgress())
+    streamed = window_losses(scorer, windows, Journal(None, {}))
 
     model = AutoModelForCausalLM.from_pretrained(smollm2, dtype=torch.float32).eval()
     for ids, loss in zip(windows, streamed, strict=True):

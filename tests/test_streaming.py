@@ -8,11 +8,21 @@ import pytest
 import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
-from tiny_models import KINDS, LAYERS, groups_of, make, ordinary, save_tokenizer, token_ids
+from tiny_models import (
+    KINDS,
+    LAYERS,
+    VOCABULARY,
+    groups_of,
+    make,
+    ordinary,
+    save_tokenizer,
+    token_ids,
+)
 
 from rsprune.checkpoint import Checkpoint
 from rsprune.errors import RspruneError
 from rsprune.evaluate import perplexity
+from rsprune.head import Head
 from rsprune.skeleton import MissingTensorsError, Skeleton
 from rsprune.stream import Stream
 
@@ -38,16 +48,23 @@ def streamed_logits(skeleton: Skeleton, ids: torch.Tensor) -> torch.Tensor:
             outputs = [layer(states, **stream.kwargs(index)) for states in hidden]
         hidden = [output[0] if isinstance(output, tuple) else output for output in outputs]
         skeleton.drop_layer(index)
+    pieces = []
     with stream.head():
-        assert not any(n.startswith(f"{skeleton.layer_prefix}.") for n in materialised(skeleton))
-        logits = torch.stack([stream.logits(states) for states in hidden])
+        for _ in Head(stream).pieces():
+            held = materialised(skeleton)
+            assert not any(n.startswith(f"{skeleton.layer_prefix}.") for n in held)
+            pieces.append(torch.stack([stream.logits(states) for states in hidden]))
+    assert len(pieces) == len(range(0, VOCABULARY, Head(stream).piece))
+    logits = torch.cat(pieces, -1)
     assert materialised(skeleton) == set()
     assert not any("forward" in vars(module) for module in skeleton.model.modules())
     return logits
 
 
+@pytest.mark.parametrize("rows", [VOCABULARY, 97])
 @pytest.mark.parametrize("kind", KINDS)
-def test_logits_equal_the_ordinary_forward(tiny: Tiny, kind: str):
+def test_logits_equal_the_ordinary_forward(tiny: Tiny, kind: str, rows: int, monkeypatch):
+    monkeypatch.setattr("rsprune.head.PIECE_BYTES", rows * 4 * 32)
     skeleton = Skeleton(Checkpoint.open(tiny(kind)))
     model = ordinary(tiny(kind))
     for length in (24, 9):  # longer and about as long as the sliding windows
@@ -79,17 +96,6 @@ def test_groups_are_found_in_order(tiny: Tiny, kind: str):
     for group in opening.structures[0].groups:
         widths = {skeleton.layers[0].get_submodule(n).in_features for n in group.linears}
         assert widths == {group.width}
-
-
-def test_a_vocabulary_in_chunks_gives_the_same_loss(tiny_llama: Path, monkeypatch):
-    skeleton, ids = Skeleton(Checkpoint.open(tiny_llama)), token_ids(1, 40)
-    stream = Stream(skeleton)
-    stream.open(40)
-    hidden = torch.randn(1, 40, skeleton.channels, generator=torch.Generator().manual_seed(1))
-    with stream.head() as loss_sum:
-        whole = float(loss_sum(hidden, ids[0]))
-        monkeypatch.setattr("rsprune.stream.LOGIT_CHUNK", 7)
-        assert float(loss_sum(hidden, ids[0])) == pytest.approx(whole, rel=1e-7)
 
 
 @pytest.mark.parametrize("kind", ["llama_tied", "opt", "gpt_neox"])

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from rsprune._core import __version__
     from rsprune.config import Config
     from rsprune.errors import RspruneError, UsageError
+    from rsprune.eval_tasks import evaluate_tasks
     from rsprune.evaluate import perplexity
     from rsprune.inspect import inspect
     from rsprune.plan import make_plan
@@ -32,6 +33,7 @@ __all__ = [
     "UsageError",
     "__version__",
     "compress",
+    "evaluate_tasks",
     "inspect",
     "load_report",
     "make_plan",
@@ -46,6 +48,7 @@ _HOMES = {
     "UsageError": "errors",
     "__version__": "_core",
     "compress": "run",
+    "evaluate_tasks": "eval_tasks",
     "inspect": "inspect",
     "load_report": "report",
     "make_plan": "plan",

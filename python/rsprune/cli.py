@@ -1,12 +1,13 @@
 """The commands. What is heavy is imported where it is used: `--help` must not wait for torch.
 
 Exit codes: 0 fine; 1 `verify` found problems, or an internal error; 2 refused (an option, a file,
-a model); 3 `plan` found that it does not fit in memory; 130 Ctrl-C; 143 SIGTERM.
+a model); 3 `plan` or `eval` found that it does not fit in memory; 130 Ctrl-C; 143 SIGTERM.
 """
 
 from __future__ import annotations
 
 import contextlib
+import io
 import json as json_module
 import os
 import signal
@@ -54,6 +55,18 @@ def _progress(json: bool, quiet: bool) -> Iterator[Progress]:
         progress.close()
 
 
+@contextlib.contextmanager
+def _exit_if_it_does_not_fit() -> Iterator[None]:
+    """Exit code 3 where memory does not suffice."""
+    from rsprune.errors import DoesNotFitError
+
+    try:
+        yield
+    except DoesNotFitError as error:
+        print(f"error: {error}", file=sys.stderr)
+        raise typer.Exit(3) from None
+
+
 def _show(renderable: RenderableType) -> None:
     from rich.console import Console
 
@@ -90,13 +103,8 @@ def demo(
 @takes_options
 def plan(model: Model, *, json: Json = False, **options: Any) -> None:
     """Say what `compress` would do and need; exit code 3 where it does not fit in memory."""
-    from rsprune.errors import DoesNotFitError
-
-    try:
+    with _exit_if_it_does_not_fit():
         _plan(model, None, config_of(options), json)
-    except DoesNotFitError as error:
-        print(f"error: {error}", file=sys.stderr)
-        raise typer.Exit(3) from None
 
 
 @app.command()
@@ -155,28 +163,94 @@ def _plan(model: str, out: Path | None, config: Config, json: bool) -> None:
 def evaluate(
     model: Model,
     *,
-    text: Annotated[Path, Option(help="Text file: one text, in order.")],
-    seq_len: Annotated[int | None, Option(help="Tokens of a window [2048].")] = None,
-    windows: Annotated[int | None, Option(help="Only the first windows [all].")] = None,
+    text: Annotated[Path | None, Option(help="Perplexity of this text file, in order.")] = None,
+    tasks: Annotated[
+        list[str] | None,
+        Option(help="lm-evaluation-harness: task, group or YAML file; repeatable [extra eval]."),
+    ] = None,
+    seq_len: Annotated[
+        int | None, Option(help="Tokens of a window [2048]; with --tasks, at most [the model's].")
+    ] = None,
+    windows: Annotated[int | None, Option(help="Text: only the first windows [all].")] = None,
+    include_path: Annotated[Path | None, Option(help="Tasks: folder of task files.")] = None,
+    num_fewshot: Annotated[int | None, Option(help="Tasks: examples [the task's].")] = None,
+    limit: Annotated[int | None, Option(help="Tasks: only so many questions [all].")] = None,
+    memory: Annotated[str | None, Option(help="Bound on memory, such as 4GiB.")] = None,
+    resume: Annotated[
+        Path | None, Option(help="File that keeps what is finished; gone on with if it is there.")
+    ] = None,
     device: Device = None,
     threads: Threads = None,
     json: Json = False,
     quiet: Quiet = False,
 ) -> None:
-    """Measure perplexity, layer by layer."""
+    """Measure perplexity or tasks, layer by layer; exit code 3 where memory does not suffice."""
+    shared = {"memory": memory, "resume": resume, "device": device, "threads": threads}
+    own: dict[str, dict[str, Any]] = {
+        "text": {"windows": windows},
+        "tasks": {"include_path": include_path, "num_fewshot": num_fewshot, "limit": limit},
+    }
+    kind = _one_of(text=text, tasks=tasks)
+    for other in own.keys() - {kind}:
+        for name, value in own[other].items():
+            if value is not None:
+                raise typer.BadParameter(f"--{name.replace('_', '-')} goes with --{other}")
+    options = {"seq_len": seq_len, **shared, **own[kind]}
+    given = {name: value for name, value in options.items() if value is not None}
+    with _exit_if_it_does_not_fit(), _progress(json, quiet) as progress:
+        if text is not None:
+            _evaluate_text(model, text, json, progress, given)
+        else:
+            _evaluate_tasks(model, tasks or [], json, quiet, progress, given)
+
+
+def _one_of(**options: Any) -> str:
+    """The name of the one option that is given."""
+    given = [name for name, value in options.items() if value]
+    if len(given) != 1:
+        expected = " or ".join(f"--{name}" for name in options)
+        raise typer.BadParameter(f"expected {expected}, found {' and '.join(given) or 'neither'}")
+    return given[0]
+
+
+def _evaluate_text(
+    model: str, text: Path, json: bool, progress: Progress, options: dict[str, Any]
+) -> None:
     from rsprune.evaluate import perplexity
 
-    options = {"seq_len": seq_len, "windows": windows, "device": device, "threads": threads}
-    given: dict[str, Any] = {name: value for name, value in options.items() if value is not None}
-    with _progress(json, quiet) as progress:
-        found = perplexity(model, text, progress=progress, **given)
+    found = perplexity(model, text, progress=progress, **options)
+    progress.close()
     if json:
         _emit(**asdict(found))
         return
+    error = "" if found.standard_error is None else f" +- {found.standard_error:.4f}"
     print(
-        f"perplexity {found.perplexity:.4f}  ({found.windows} windows of {found.seq_len} tokens, "
-        f"mean loss {found.loss:.5f}, {found.seconds:.1f} s)"
+        f"perplexity {found.perplexity:.4f}{error}  ({found.windows} windows of {found.seq_len} "
+        f"tokens, mean loss {found.loss:.5f}, {found.seconds:.1f} s)"
     )
+
+
+def _evaluate_tasks(
+    model: str,
+    tasks: list[str],
+    json: bool,
+    quiet: bool,
+    progress: Progress,
+    options: dict[str, Any],
+) -> None:
+    from rsprune.eval_tasks import evaluate_tasks
+
+    # The harness and its data sets draw bars of their own on stderr.
+    hidden = contextlib.redirect_stderr(io.StringIO()) if quiet else contextlib.nullcontext()
+    with hidden:
+        found = evaluate_tasks(model, tasks, progress=progress, **options)
+    progress.close()
+    if json:
+        fields = asdict(found)
+        del fields["samples"], fields["table"]  # for Python: every question, and for people
+        _emit(**fields)
+    else:
+        print(found.table)
 
 
 @app.command(name="inspect")

@@ -1,50 +1,64 @@
-"""Streaming perplexity: one decoder layer in memory, a batch of windows carried through all layers.
+"""Streaming perplexity, with one decoder layer in memory.
 
     ppl = exp( sum of next-token losses / number of predicted tokens )
 
 Protocol: the text is tokenised once as one string, without special tokens, and cut into
 non-overlapping windows of `seq_len`; the tail is dropped; every window predicts its own
-`seq_len - 1` tokens. Figures for other window lengths are other quantities. The layers are read
-once per batch; reading is cheap beside running them.
+`seq_len - 1` tokens. Figures for other window lengths are other quantities.
 """
 
 from __future__ import annotations
 
+import hashlib
 import math
+import statistics
 import time
-from collections.abc import Iterator
-from concurrent.futures import Executor, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
-import torch
 from torch import Tensor
 
-from rsprune import _core
-from rsprune.checkpoint import Checkpoint
 from rsprune.data import evaluation_windows, load_texts
-from rsprune.errors import RspruneError, UsageError
-from rsprune.layer_path import one_thread, run_layer
-from rsprune.memory import give_freed_pages_back, keep_freed_pages
+from rsprune.errors import UsageError
+from rsprune.eval_journal import Journal, fingerprint, open_journal
+from rsprune.head import Passage
+from rsprune.memory import PeakWatch
 from rsprune.progress import NullProgress, Progress
-from rsprune.skeleton import Skeleton, load_tokenizer
+from rsprune.scoring import Scorer
+from rsprune.skeleton import load_tokenizer
 from rsprune.sources import resolve
-from rsprune.stream import Stream
 
-BATCH_BYTES = 256 * 2**20
-"""Hidden states of one batch of windows."""
+BATCH_TOKENS = 32_768
+"""Tokens for which layers are read once: reading is then about a hundredth of the work, and it is
+the most that a killed evaluation loses."""
 
 
 @dataclass(frozen=True)
 class Perplexity:
-    """A perplexity and what it was measured on; `tokens` are predicted tokens."""
+    """A perplexity and what it was measured on.
+
+    Attributes:
+        perplexity: `exp(loss)`.
+        standard_error: of the perplexity, by the delta method: it times the standard error of the
+            mean of the windows' losses, windows taken as independent; None for one window.
+        loss: mean loss of a token, in nats.
+        losses: summed loss of every window, in nats.
+        tokens: predicted ones.
+        windows: their number.
+        seq_len: tokens of a window.
+        seconds: of this run, which may have gone on with an earlier one.
+        peak_rss_anon: the most anonymous memory that was seen in use, in bytes.
+    """
 
     perplexity: float
+    standard_error: float | None
     loss: float
+    losses: list[float]
     tokens: int
     windows: int
     seq_len: int
     seconds: float
+    peak_rss_anon: int
 
 
 def perplexity(
@@ -53,6 +67,8 @@ def perplexity(
     *,
     seq_len: int = 2048,
     windows: int | None = None,
+    memory: int | str | None = None,
+    resume: Path | None = None,
     device: str = "cpu",
     threads: int | None = None,
     trust_remote_code: bool = False,
@@ -65,82 +81,91 @@ def perplexity(
         text: a text file (or any source that calibration takes); documents are joined by newlines.
         seq_len: tokens of a window.
         windows: how many windows from the start of the text; None takes all.
+        memory: bound on anonymous memory, in bytes or as `4GiB`; None is 90 % of what the system
+            has left. No bit of the result depends on it.
+        resume: a file that keeps the losses of finished windows; they are not computed again.
         device: where the forward passes run.
-        threads: torch threads; None takes what affinity and cgroup leave.
+        threads: worker threads; None takes what affinity and cgroup leave.
+        trust_remote_code: whether code that lies in the model's folder may run.
+        progress: what is shown meanwhile.
 
     Raises:
-        UsageError: the text is shorter than a window, or the model cannot be opened.
+        UsageError: the text is shorter than a window, the model cannot be opened, or `resume` is
+            not of this evaluation.
+        DoesNotFitError: memory does not suffice for one window.
         RspruneError: a loss is not finite.
     """
     started = time.perf_counter()
-    keep_freed_pages()
     progress = progress or NullProgress()
-    torch.set_num_threads(threads or _core.default_threads())
     folder = resolve(str(model), progress=progress.note)
-    skeleton = Skeleton(Checkpoint.open(folder), device=device, trust_remote_code=trust_remote_code)
-    ids = _token_windows(str(text), load_tokenizer(folder, trust_remote_code), seq_len)
-    if windows is not None and windows > len(ids):
-        raise UsageError(f"windows {windows}: the text holds only {len(ids)} of {seq_len} tokens")
-    ids = ids[:windows]
-    losses = list(window_losses(skeleton, ids, progress))
-    loss = math.fsum(losses) / (len(ids) * (seq_len - 1))
+    with PeakWatch() as watch:
+        scorer = Scorer.open(
+            folder,
+            memory=memory,
+            device=device,
+            threads=threads,
+            trust_remote_code=trust_remote_code,
+            progress=progress,
+        )
+        ids = _token_windows(str(text), load_tokenizer(folder, trust_remote_code), seq_len)
+        if windows is not None and windows > len(ids):
+            raise UsageError(
+                f"windows {windows}: the text holds only {len(ids)} of {seq_len} tokens"
+            )
+        current = {}
+        if resume is not None:
+            tokens = hashlib.sha256(ids.numpy().tobytes()).hexdigest()
+            parts = {"measure": "perplexity", "seq_len": seq_len, "text tokens": tokens}
+            current = fingerprint(scorer.skeleton.checkpoint, device, **parts)
+        with open_journal(resume, current) as journal:
+            losses = window_losses(scorer, ids[:windows], journal)
+    return _result(losses, seq_len, time.perf_counter() - started, watch.peak)
+
+
+def window_losses(scorer: Scorer, ids: Tensor, journal: Journal) -> list[float]:
+    """The summed next-token loss (nats) of every window.
+
+    Args:
+        ids: [count, tokens] int64.
+        journal: gets the losses; those that it holds are taken from it.
+    """
+    names = [f"window {index}" for index in range(len(ids))]
+    missing = [
+        Passage(name, window[:-1], (window[1:],))
+        for name, window in zip(names, ids, strict=True)
+        if name not in journal.finished
+    ]
+
+    def so_far() -> str:
+        done = [journal.finished[name] for name in names if name in journal.finished]
+        if not done:
+            return ""
+        loss = math.fsum(done) / (len(done) * (ids.shape[1] - 1))
+        return f", perplexity of {len(done)} windows {math.exp(loss):.3f}"
+
+    for passage, (score,) in scorer.score(missing, most_tokens=BATCH_TOKENS, so_far=so_far):
+        journal.write(passage.name, -score.log_likelihood)
+    return [journal.finished[name] for name in names]
+
+
+def _result(losses: list[float], seq_len: int, seconds: float, peak: int) -> Perplexity:
+    predicted = seq_len - 1
+    loss = math.fsum(losses) / (len(losses) * predicted)
+    error = None
+    if len(losses) > 1:
+        spread = statistics.stdev(window / predicted for window in losses)
+        error = math.exp(loss) * spread / math.sqrt(len(losses))
     return Perplexity(
         perplexity=math.exp(loss),
+        standard_error=error,
         loss=loss,
-        tokens=len(ids) * (seq_len - 1),
-        windows=len(ids),
+        losses=losses,
+        tokens=len(losses) * predicted,
+        windows=len(losses),
         seq_len=seq_len,
-        seconds=time.perf_counter() - started,
+        seconds=seconds,
+        peak_rss_anon=peak,
     )
-
-
-def window_losses(skeleton: Skeleton, ids: Tensor, progress: Progress) -> Iterator[float]:
-    """The summed next-token loss (nats) of every window of `ids` [count, tokens].
-
-    Windows run side by side, one torch thread each: the same bits for any number of threads, and
-    no thread waits for another in the middle of a product (which halves the speed of a busy host).
-    """
-    with ThreadPoolExecutor(torch.get_num_threads(), initializer=one_thread) as workers:
-        yield from _batched_losses(skeleton, ids, progress, workers)
-
-
-def _batched_losses(
-    skeleton: Skeleton, ids: Tensor, progress: Progress, workers: Executor
-) -> Iterator[float]:
-    stream = Stream(skeleton)
-    stream.open(ids.shape[1])
-    batch = max(1, BATCH_BYTES // (ids.shape[1] * skeleton.channels * 4))
-    batches = [ids[at : at + batch] for at in range(0, len(ids), batch)]
-    progress.stage("evaluate", len(batches) * len(skeleton.layers))
-    total, seen = 0.0, 0
-    for number, part in enumerate(batches):
-        hidden = list(stream.embed(part))
-        for index in range(len(skeleton.layers)):
-            _run_layer(stream, index, hidden, workers)
-            so_far = f", perplexity so far {math.exp(total / seen):.3f}" if seen else ""
-            progress.step(f"windows {number * batch + 1}-{number * batch + len(part)}{so_far}")
-        with stream.head() as loss_sum:
-            for window, loss_tensor in zip(part, workers.map(loss_sum, hidden, part), strict=True):
-                loss = float(loss_tensor)
-                if not math.isfinite(loss):
-                    raise RspruneError(f"window {seen}: expected a finite loss, found {loss}")
-                total, seen = total + loss, seen + len(window) - 1
-                yield loss
-
-
-def _run_layer(stream: Stream, index: int, hidden: list[Tensor], workers: Executor) -> None:
-    """Replaces the hidden states of every window by the layer's output."""
-    skeleton = stream.skeleton
-    skeleton.load_layer(index)
-    layer, kwargs = skeleton.layers[index], stream.kwargs(index)
-
-    def run(states: Tensor) -> Tensor:
-        with torch.no_grad():
-            return run_layer(layer, states, kwargs)
-
-    hidden[:] = workers.map(run, hidden)
-    skeleton.drop_layer(index)
-    give_freed_pages_back()
 
 
 def _token_windows(text: str, tokenizer: object, seq_len: int) -> Tensor:

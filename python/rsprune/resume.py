@@ -61,6 +61,18 @@ def check_fingerprint(out: Path, recorded: Mapping[str, Any], current: Mapping[s
     Raises:
         UsageError: naming the first part that differs, what stands there and what was asked for.
     """
+    if found := difference(recorded, current):
+        part, then, now = found
+        raise UsageError(
+            f"output {out}: an unfinished run lies beside it whose {part} differs: expected "
+            f"{then!r}, found {now!r}; repeat that run to finish it, or pass --restart"
+        )
+
+
+def difference(
+    recorded: Mapping[str, Any], current: Mapping[str, Any]
+) -> tuple[str, Any, Any] | None:
+    """The first part in which two fingerprints differ, what was recorded and what is now."""
     for part, now in current.items():
         then = recorded.get(part)
         if then == _plain(now):
@@ -69,10 +81,8 @@ def check_fingerprint(out: Path, recorded: Mapping[str, Any], current: Mapping[s
             names = (k for k in {**now, **then} if then.get(k, "?") != _plain(now.get(k, "?")))
             name = next(names)
             part, then, now = f"{part}: {name}", then.get(name), now.get(name)
-        raise UsageError(
-            f"output {out}: an unfinished run lies beside it whose {part} differs: expected "
-            f"{then!r}, found {now!r}; repeat that run to finish it, or pass --restart"
-        )
+        return part, then, now
+    return None
 
 
 def _plain(value: Any) -> Any:

@@ -24,9 +24,6 @@ from rsprune.blocks import LayerStructure, StopForwardError, watch
 from rsprune.errors import RspruneError, UsageError
 from rsprune.skeleton import Skeleton
 
-LOGIT_CHUNK = 256
-"""Positions whose logits are in memory at a time (a vocabulary is wide)."""
-
 
 @dataclass(frozen=True)
 class Opening:
@@ -49,6 +46,8 @@ class Stream:
         self._kwargs: list[dict[str, Any]] = [{} for _ in skeleton.layers]
         self._tuple = False
         self._final = threading.local()  # windows may be at the head side by side
+        forward = inspect.signature(self.model.forward).parameters
+        self.takes_positions = "logits_to_keep" in forward
 
     def open(self, seq_len: int) -> Opening:
         """Records keyword arguments and structure of every layer, reading no large tensor.
@@ -90,41 +89,30 @@ class Stream:
                 yield hidden
 
     @contextlib.contextmanager
-    def head(self) -> Iterator[Callable[[Tensor, Tensor], Tensor]]:
-        """Gives `loss_sum(hidden [1, T, C], ids [T]) -> float64 sum of the T - 1 token losses`."""
-        skeleton, output = self.skeleton, self.model.get_output_embeddings()
-        names = [*skeleton.outer_names(), *_parameter_names(skeleton, output)]
-        parameters = inspect.signature(self.model.forward).parameters
-        chunked = "logits_to_keep" in parameters
-        last = len(skeleton.layers) - 1
+    def head(self) -> Iterator[None]:
+        """Lets `logits` run: holds what follows the layers, but not the output embedding."""
+        last = len(self.skeleton.layers) - 1
 
         def give(index: int, given: Tensor) -> Tensor:
             return self._final.hidden if index == last else given
 
-        with skeleton.materialised(list(dict.fromkeys(names))), self._replaced(give):
-            yield lambda hidden, ids: self._loss_sum(hidden, ids, chunked)
-
-    def _loss_sum(self, hidden: Tensor, ids: Tensor, chunked: bool) -> Tensor:
-        total = torch.zeros((), dtype=torch.float64)
-        targets = ids[1:].to(hidden.device)
-        step = LOGIT_CHUNK if chunked else len(targets)
-        for start in range(0, len(targets), step):
-            kept = torch.arange(start, min(start + step, len(targets)), device=hidden.device)
-            logits = self.logits(hidden, kept if chunked else None)
-            loss = nn.functional.cross_entropy(
-                logits[: len(kept)].float(), targets[kept], reduction="sum"
-            )
-            total += loss.double().cpu()
-        return total
+        with self._outer(), self._replaced(give):
+            yield
 
     def logits(self, hidden: Tensor, positions: Tensor | None = None) -> Tensor:
-        """Logits [positions, vocabulary] of the final hidden states; call inside of `head()`."""
+        """Logits [positions, vocabulary] of the final hidden states; call inside of `head()`.
+
+        Args:
+            hidden: [1, tokens, channels] that the last layer gave.
+            positions: int64, which tokens' logits are wanted; None gives those of all tokens.
+        """
         self._final.hidden = hidden
-        extra = {} if positions is None else {"logits_to_keep": positions}
+        chosen = positions is not None and self.takes_positions
+        extra = {"logits_to_keep": positions} if chosen else {}
         with torch.no_grad():
             output = self.model(inputs_embeds=torch.zeros_like(self._like(hidden)), **extra)
         result: Tensor = output.logits[0]
-        return result
+        return result if positions is None or chosen else result[positions]
 
     def _record(self, embeddings: Tensor, *, stop_at_first: bool = False) -> Tensor:
         """Runs the base model with layers that hand through; returns the first one's input."""
