@@ -159,11 +159,12 @@ def test_dependencies_of_the_crates():
 LOWER = {
     "error": set(),
     "float": {"error"},
+    "disk": set(),
     "kernels": {"error"},
     "par": {"error"},
     "pattern": {"error"},
-    "linalg": {"error", "float", "kernels", "par"},
-    "shard": {"error", "float"},
+    "linalg": {"disk", "error", "float", "kernels", "par"},
+    "shard": {"disk", "error", "float"},
     "solve": {"error", "float", "kernels", "par", "pattern", "linalg"},
 }
 """Module of the core -> what it may use."""

@@ -205,7 +205,7 @@ def test_refusals_are_one_line_and_status_2(
         (RspruneError("no disk space"), 2, "error: no disk space"),
         (FileNotFoundError("shard gone"), 2, "error: shard gone"),
         (TypeError("oops"), 1, "error: TypeError: oops (RSPRUNE_DEBUG=1 shows where)"),
-        (OSError(28, "No space left on device"), 1, "error: OSError: [Errno 28] No space left"),
+        (OSError(28, "No space left on device"), 1, "error: [Errno 28] No space left"),
         (KeyboardInterrupt(), 130, ""),
     ],
 )

@@ -41,11 +41,11 @@ def test_the_recipe_and_any_number_of_threads_give_the_same_bytes(
     assert same == (method == "magnitude")  # all others look at the documents
 
 
-def test_hidden_states_in_a_file_give_the_same_bytes(
+def test_what_is_spilled_to_files_gives_the_same_bytes(
     compressed: Runs, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
     original = plan._fit
-    monkeypatch.setattr(plan, "_fit", lambda *args: (original(*args)[0], True))
+    monkeypatch.setattr(plan, "_fit", lambda *args: (original(*args)[0], plan.SPILLS))
     for method in ("wanda", "fista"):
         run = compressed("llama_tied", method, "2:4")
         compress(run.model, tmp_path / method, run.config)

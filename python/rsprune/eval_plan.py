@@ -7,10 +7,7 @@ freely: as many threads as fit, then as many passages.
 
 from __future__ import annotations
 
-import functools
 import math
-import operator
-from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -126,12 +123,13 @@ def measure(skeleton: Skeleton, opening: Opening, head: Head, longest: int) -> C
     return Costs(
         fixed={
             "python, torch and the model's structure": rss_anon(),
-            "decoder layer (float32)": _layer_bytes(skeleton),
+            "decoder layer (as stored)": skeleton.layer_bytes(),
             "before and after the layers": _outer_bytes(skeleton) + 4 * head.piece * head.width,
             "freed pages that the allocator keeps": KEPT_BYTES + 32 * 2**20,
         },
         thread={
             "activations": _activation_bytes(skeleton, opening, longest),
+            "a matrix as float32": _widened_bytes(skeleton),
             "logits": _logit_bytes(head, longest) + 2 * arguments,
         },
         token=4 * skeleton.channels + 32,  # a token's sums and scores take less than 32 bytes
@@ -139,11 +137,9 @@ def measure(skeleton: Skeleton, opening: Opening, head: Head, longest: int) -> C
     )
 
 
-def _layer_bytes(skeleton: Skeleton) -> int:
-    """Buffers of the pool: as many of every shape as the layer with most of it needs."""
-    shapes = (Counter(tuple(p.shape) for p in layer.parameters()) for layer in skeleton.layers)
-    most: Counter[tuple[int, ...]] = functools.reduce(operator.or_, shapes)
-    return 4 * sum(math.prod(shape) * count for shape, count in most.items())
+def _widened_bytes(skeleton: Skeleton) -> int:
+    """The largest matrix of a layer in float32, while it is multiplied with."""
+    return 4 * max(p.numel() for layer in skeleton.layers for p in layer.parameters())
 
 
 def _outer_bytes(skeleton: Skeleton) -> int:

@@ -20,11 +20,9 @@ from rsprune.checkpoint import FLOATS, Checkpoint, TensorInfo, finished_bytes, f
 from rsprune.config import Config
 from rsprune.data import split_heldout
 from rsprune.errors import DoesNotFitError, UsageError
-from rsprune.experts import ExpertLinear
 from rsprune.memory import KEPT_BYTES, memory_limit, rss_anon
 from rsprune.methods.base import Inputs
 from rsprune.skeleton import Skeleton
-from rsprune.stored import StoredLinear
 from rsprune.stream import Opening, Stream
 
 GRAM_BYTES = 4
@@ -234,7 +232,7 @@ def _memory(
     apart = 0 if needs_own else _pruned_bytes(skeleton, operators, experts=False)
     return {
         "python, torch and the model's structure": rss_anon(),
-        "decoder layer (as stored)": max(_held(skeleton, i) for i in range(len(layers))) * paths,
+        "decoder layer (as stored)": skeleton.layer_bytes() * paths,
         "pruned weights until they are written": apart,
         "Grams": grams,
         "solver": max(1, matrices) * widest * 4 + width * width * 4 * squares,
@@ -245,22 +243,6 @@ def _memory(
         "routing": _routing_bytes(skeleton, config) * (1 + int(needs_dense)) if routed else 0,
         "hidden states": config.samples * window * (held + cached),
     }
-
-
-def _held(skeleton: Skeleton, index: int) -> int:
-    """Bytes of a layer in memory: linears as stored, experts not at all, others widened."""
-    total = 0
-    for name, module in skeleton.layers[index].named_modules():
-        if isinstance(module, ExpertLinear):
-            continue
-        for leaf, parameter in module.named_parameters(recurse=False):
-            full_name = skeleton.layer_name(index, f"{name}.{leaf}" if name else leaf)
-            on_disk = skeleton.disk_name(full_name)
-            assert on_disk is not None  # the skeleton refused missing tensors
-            kept = isinstance(module, StoredLinear) and leaf == "weight"
-            stored = skeleton.checkpoint.tensors[on_disk].nbytes
-            total += stored if kept else parameter.numel() * 4
-    return total
 
 
 def _pruned_bytes(skeleton: Skeleton, operators: list[Operator], *, experts: bool) -> int:

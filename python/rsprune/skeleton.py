@@ -8,6 +8,8 @@ hand their input through; so masks, rotary embeddings and scalings are always th
 from __future__ import annotations
 
 import contextlib
+import math
+from collections import Counter
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -213,6 +215,25 @@ class Skeleton:
                 kept = isinstance(owner, StoredLinear) and leaf == "weight"
                 tensor = self.load(full_name, None if kept else torch.float32)
             owner._parameters[leaf] = nn.Parameter(tensor, requires_grad=False)
+
+    def layer_bytes(self) -> int:
+        """Memory that a decoder layer takes: of every shape and type, the most that one needs."""
+        most: Counter[tuple[tuple[int, ...], int]] = Counter()
+        for index, layer in enumerate(self.layers):
+            most |= Counter(self._buffers(index, layer))
+        return sum(math.prod(shape) * size * count for (shape, size), count in most.items())
+
+    def _buffers(self, index: int, layer: nn.Module) -> Iterator[tuple[tuple[int, ...], int]]:
+        """Shape and bytes an element of what the pool lends for a layer; experts need none."""
+        for prefix, module in layer.named_modules():
+            if isinstance(module, ExpertLinear):
+                continue
+            for leaf, parameter in module.named_parameters(recurse=False):
+                size = 4
+                if isinstance(module, StoredLinear) and leaf == "weight":
+                    info = self._info(self.layer_name(index, f"{prefix}.{leaf}"))
+                    size = TORCH_DTYPES[info.dtype].itemsize
+                yield tuple(parameter.shape), size
 
     def drop_layer(self, index: int) -> None:
         """Puts decoder layer `index` back on `meta`."""

@@ -11,6 +11,7 @@
 use super::Statistics;
 use super::statistics::Sum;
 use crate::error::{Error, Result};
+use crate::float::first_non_finite;
 use crate::kernels::Kernel;
 use crate::linalg::{PackedB, ROW_BLOCK, Scratch, dot, gemm};
 use crate::par::Job;
@@ -26,6 +27,9 @@ pub(super) fn relative_error(
     values: &[f32],
     stats: &Statistics,
 ) -> Result<f64> {
+    if let Some(index) = first_non_finite(weight) {
+        return Err(Error::NonFinite { what: "weight".into(), index });
+    }
     let pair = Pair { job, kernel: Kernel::select()?, weight, values, stats };
     let (mut error, mut energy) = (0.0, 0.0);
     for first in (0..stats.width()).step_by(PANEL) {
