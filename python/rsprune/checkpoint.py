@@ -38,7 +38,7 @@ FLOATS = ("F32", "BF16", "F16")
 """Types in which a weight can be pruned."""
 
 WEIGHT_FILES = ("*.safetensors", "*.safetensors.index.json", "*.bin", "*.bin.index.json", "*.pt",
-                "*.pth", "*.gguf", "*.h5", "*.msgpack", "*.onnx")  # fmt: skip
+                "*.pth", "*.ckpt", "*.gguf", "*.h5", "*.msgpack", "*.onnx")  # fmt: skip
 """Files of the input that are weights in some format: never copied to the output."""
 
 
@@ -87,8 +87,15 @@ class Checkpoint:
         return list(self._shards)
 
     def view(self, name: str) -> torch.Tensor:
-        """The tensor as stored: read-only memory of the shard, not a copy."""
+        """The tensor as stored: read-only memory of the shard, not a copy.
+
+        Raises:
+            UsageError: torch has no such dtype.
+        """
         info = self.tensors[name]
+        if info.dtype not in TORCH_DTYPES:
+            known = ", ".join(TORCH_DTYPES)
+            raise UsageError(f"{name}: expected dtype {known}, found {info.dtype}")
         raw = np.frombuffer(memoryview(self._shards[info.file].map(name)), dtype=np.uint8)
         if info.nbytes == 0:
             return torch.empty(info.shape, dtype=TORCH_DTYPES[info.dtype])
@@ -219,16 +226,10 @@ class OutputFolder:
 
     def copy_other_files(self, source: Path) -> None:
         """Copies everything that is not a weight (configuration, tokenizer, licence, code)."""
-        for path in sorted(source.rglob("*")):
-            relative = path.relative_to(source)
-            hidden = any(part.startswith(".") for part in relative.parts)
-            if path.is_dir() or hidden or any(path.match(p) for p in WEIGHT_FILES):
-                continue
-            if path.name in ("rsprune-report.jsonl", "recipe.yaml"):
-                continue
+        for relative in other_files(source):
             target = self.folder / relative
             target.parent.mkdir(parents=True, exist_ok=True)
-            shutil.copyfile(path, target)
+            shutil.copyfile(source / relative, target)
 
     def write_text(self, name: str, text: str) -> None:
         """Writes a small file by temporary file and rename."""
@@ -261,6 +262,34 @@ class OutputFolder:
     def discard(self) -> None:
         """Removes everything that was written."""
         shutil.rmtree(self.folder, ignore_errors=True)
+
+
+def other_files(source: Path) -> list[Path]:
+    """What `OutputFolder.copy_other_files` copies, relative to `source`.
+
+    Raises:
+        UsageError: one of them is a pipe or device, or a link out of the folder: an output is
+            published, and must not hold another file of this machine.
+    """
+    root = source.resolve()
+    # A hub cache links <repo>/snapshots/<revision>/<file> to <repo>/blobs/<hash>.
+    revisions = (path.parent for path in (root, *root.parents))
+    blobs = (path.with_name("blobs") for path in revisions if path.name == "snapshots")
+    inside = (root, *blobs)
+    found = []
+    for path in sorted(source.rglob("*")):
+        relative = path.relative_to(source)
+        hidden = any(part.startswith(".") for part in relative.parts)
+        if path.is_dir() or hidden or any(path.match(p) for p in WEIGHT_FILES):
+            continue
+        if path.name in ("rsprune-report.jsonl", "recipe.yaml"):
+            continue
+        if not path.is_file():
+            raise UsageError(f"{path}: expected a file to copy, found a pipe or a broken link")
+        if not any(path.resolve().is_relative_to(folder) for folder in inside):
+            raise UsageError(f"{path}: leaves the checkpoint folder, links to {path.resolve()}")
+        found.append(relative)
+    return found
 
 
 def check_output(out: Path, *sources: Path, overwrite: bool) -> None:

@@ -108,6 +108,7 @@ def _batched_losses(
     skeleton: Skeleton, ids: Tensor, progress: Progress, workers: Executor
 ) -> Iterator[float]:
     stream = Stream(skeleton)
+    stream.check_ids(ids)
     stream.open(ids.shape[1])
     batch = max(1, BATCH_BYTES // (ids.shape[1] * skeleton.channels * 4))
     batches = [ids[at : at + batch] for at in range(0, len(ids), batch)]

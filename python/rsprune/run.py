@@ -31,7 +31,7 @@ from rsprune import _core, methods
 from rsprune.allocate import allocate, exact_patterns, measure
 from rsprune.calibrate import LayerJob
 from rsprune.card import model_card
-from rsprune.checkpoint import OutputFolder, check_output
+from rsprune.checkpoint import OutputFolder, check_output, other_files
 from rsprune.config import Config
 from rsprune.data import Corpus, calibration_windows, load_texts, split_heldout
 from rsprune.layer_run import LayerRun
@@ -124,6 +124,7 @@ class _Run:
         for warning in self.plan.warnings:
             self.progress.note(f"warning: {warning}")
         with self.timing.stage("read"):
+            other_files(self.plan.model)
             self.corpus: Corpus = load_texts(
                 self.config.calibration, field=self.config.calibration_field
             )
@@ -138,6 +139,7 @@ class _Run:
             )
             calibration, heldout = split_heldout(windows, self.config.heldout)
             self.windows = torch.cat([calibration, heldout])
+            self.prepared.stream.check_ids(self.windows)
             self.split = Split(len(calibration), len(heldout))
             self.prepared.checkpoint.check_finite(self.prepared.checkpoint.tensors)
 
@@ -310,7 +312,7 @@ class _Run:
         self.journal.close()
         report = load_report(output.folder)
         card = output.folder / "README.md"
-        source_card = card.read_text(encoding="utf-8") if card.exists() else None
+        source_card = card.read_text("utf-8", errors="replace") if card.exists() else None
         text = model_card(report, source_card=source_card, base_model=model)
         output.write_text("README.md", text)
         output.write_text("recipe.yaml", self.config.to_recipe())

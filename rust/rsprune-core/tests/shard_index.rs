@@ -204,7 +204,20 @@ fn an_index_that_is_too_large_or_no_file() {
     refused(folder.path(), &[INDEX, "at most 100000000 bytes, found 100000001"]);
     fs::remove_file(&path).unwrap();
     fs::create_dir(&path).unwrap();
-    refused(folder.path(), &[INDEX, "read failed"]);
+    refused(folder.path(), &[INDEX, "expected a regular file"]);
+}
+
+/// Opening a pipe waits for its other end: forever, if a folder holds one in place of a file.
+#[test]
+fn pipes_are_refused_and_not_waited_for() {
+    let folder = tempfile::tempdir().unwrap();
+    for name in [INDEX, "model.safetensors"] {
+        let path = folder.path().join(name);
+        let made = std::process::Command::new("mkfifo").arg(&path).status().unwrap();
+        assert!(made.success());
+        refused(folder.path(), &[name, "expected a regular file"]);
+        fs::remove_file(&path).unwrap();
+    }
 }
 
 #[test]

@@ -75,7 +75,11 @@ fn present(path: &Path) -> bool {
 fn read_index(folder: &Path, root: &Path) -> Result<BTreeMap<String, String>> {
     let path = folder.join(INDEX);
     check_inside(&path, root, INDEX)?;
-    let length = fs::metadata(&path).map_err(io_error(&path, "stat"))?.len();
+    let meta = fs::metadata(&path).map_err(io_error(&path, "stat"))?;
+    if !meta.is_file() {
+        return Err(broken(&path, "expected a regular file"));
+    }
+    let length = meta.len();
     if length > MAX_INDEX {
         let reason = format!("expected at most {MAX_INDEX} bytes, found {length}");
         return Err(broken(&path, reason));
