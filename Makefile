@@ -38,6 +38,7 @@ bench: setup
 # Every file in rust/fuzz/src/bin, from its committed corpus; what is found stays in target/fuzz.
 fuzz: nightly
 	@command -v cargo-fuzz >/dev/null || { echo "make fuzz needs cargo-fuzz: run cargo install cargo-fuzz and make again." >&2; exit 1; }
+	export TMPDIR=$$(mktemp -d -p /dev/shm 2>/dev/null || mktemp -d); trap 'rm -rf "$$TMPDIR"' EXIT; \
 	for target in $(basename $(notdir $(wildcard rust/fuzz/src/bin/*.rs))); do \
 		mkdir -p target/fuzz/corpus/$$target; \
 		cargo +nightly fuzz run --fuzz-dir rust/fuzz --target-dir target/fuzz $$target \

@@ -24,9 +24,9 @@ SOURCES = sorted(
 )
 
 FOUNDATIONS = {"errors", "config", "memory", "pool", "timing", "windows", "blocks", "data"}
-FOUNDATIONS |= {"progress", "report"}
+FOUNDATIONS |= {"progress", "report", "guard", "gguf_header"}
 MIDDLE = {"checkpoint", "skeleton", "stream", "layer_path", "calibrate", "methods", "evaluate"}
-MIDDLE |= {"sources", "inspect"}
+MIDDLE |= {"sources", "inspect", "model_config"}
 TOP = {"plan", "run", "demo", "verify", "tables", "card", "options", "cli"}
 
 

@@ -1,4 +1,4 @@
-"""GGUF files made to do harm: refused in one line, in bounded time and memory, with nothing kept."""
+"""GGUF files made to do harm: refused in one line, in bounded time and memory; nothing is kept."""
 
 import struct
 from collections.abc import Callable

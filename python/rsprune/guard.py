@@ -11,6 +11,7 @@ import os
 import sys
 import tempfile
 from collections.abc import Iterator
+from typing import IO
 
 from rsprune.errors import RspruneError, UsageError, one_line
 
@@ -53,10 +54,10 @@ def is_panic(error: BaseException) -> bool:
 
 
 @contextlib.contextmanager
-def _stderr_held_back() -> Iterator[tempfile._TemporaryFileWrapper[bytes]]:
+def _stderr_held_back() -> Iterator[IO[bytes]]:
     """Collects what the process writes to stderr, and passes on at the end what is left of it."""
     sys.stderr.flush()
-    with tempfile.NamedTemporaryFile() as held:
+    with tempfile.TemporaryFile() as held:
         saved = os.dup(STDERR)
         try:
             os.dup2(held.fileno(), STDERR)
