@@ -1,8 +1,9 @@
 # `make demo` runs the main job on a real model; `make test` builds and passes everything.
 PYTHON ?= python3.11
 BIN := .venv/bin
+FUZZ_SECONDS ?= 60 # for each target
 
-.PHONY: setup demo test lint bench clean
+.PHONY: setup demo test lint bench fuzz asan nightly clean
 
 setup: .venv/ready
 
@@ -33,6 +34,25 @@ lint: setup
 bench: setup
 	cargo bench --bench kernels
 	@echo "Quality figures: see benches/README.md"
+
+# Every file in rust/fuzz/src/bin, from its committed corpus; what is found stays in target/fuzz.
+fuzz: nightly
+	@command -v cargo-fuzz >/dev/null || { echo "make fuzz needs cargo-fuzz: run cargo install cargo-fuzz and make again." >&2; exit 1; }
+	export TMPDIR=$$(mktemp -d -p /dev/shm 2>/dev/null || mktemp -d); trap 'rm -rf "$$TMPDIR"' EXIT; \
+	for target in $(basename $(notdir $(wildcard rust/fuzz/src/bin/*.rs))); do \
+		mkdir -p target/fuzz/corpus/$$target; \
+		cargo +nightly fuzz run --fuzz-dir rust/fuzz --target-dir target/fuzz $$target \
+			target/fuzz/corpus/$$target rust/fuzz/corpus/$$target \
+			-- -max_total_time=$(FUZZ_SECONDS) -print_final_stats=1 || exit 1; \
+	done
+
+# The core's tests under AddressSanitizer (leaks included); doc tests have no sanitizer.
+asan: nightly
+	RUSTFLAGS=-Zsanitizer=address cargo +nightly test --package rsprune-core --lib --tests \
+		--target x86_64-unknown-linux-gnu --target-dir target/asan
+
+nightly:
+	@cargo +nightly --version >/dev/null 2>&1 || { echo "make fuzz and make asan need a nightly Rust: run rustup toolchain install nightly and make again." >&2; exit 1; }
 
 clean:
 	rm -rf target .venv python/rsprune/*.so

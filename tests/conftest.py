@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 if TYPE_CHECKING:
+    from hostile import CommandLine
     from tiny_models import Run
 
 os.environ["HF_HUB_OFFLINE"] = "1"
@@ -118,3 +119,11 @@ def compressed(
         return made[case]
 
     return run_of
+
+
+@pytest.fixture
+def command_line(text: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> "CommandLine":
+    """The command line as a user sees it; its outputs go to a folder of their own."""
+    from hostile import CommandLine
+
+    return CommandLine(text, tmp_path, capfd)

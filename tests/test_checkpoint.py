@@ -19,6 +19,7 @@ from rsprune.checkpoint import (
     OutputFolder,
     check_output,
     free_bytes,
+    other_files,
     sha256,
 )
 from rsprune.errors import RspruneError, UsageError
@@ -250,20 +251,34 @@ def test_everything_that_is_not_a_weight_is_copied(folder: Path, tmp_path: Path)
     assert contents(folder) == before
 
 
-def test_links_of_a_hub_cache_become_files(folder: Path, tmp_path: Path):
-    snapshot = tmp_path / "hub" / "snapshots" / "0123"
-    snapshot.parent.mkdir(parents=True)
-    folder.rename(snapshot)
-    blob = tmp_path / "hub" / "blobs" / "abc"
-    blob.parent.mkdir()
-    blob.write_text("{}")
-    (snapshot / "config.json").symlink_to("../../blobs/abc")
+def test_links_of_a_hub_cache_become_files(tmp_path: Path):
+    repository = tmp_path / "models--owner--name"
+    snapshot = repository / "snapshots" / "0123"
+    for path in (snapshot, repository / "blobs"):
+        path.mkdir(parents=True)
+    (repository / "blobs" / "4567").write_text("{}")
+    (snapshot / "config.json").symlink_to("../../blobs/4567")
     output = OutputFolder(tmp_path / "out")
     output.copy_other_files(snapshot)
     output.commit()
     copied = tmp_path / "out" / "config.json"
     assert copied.read_text() == "{}"
     assert not copied.is_symlink()
+
+
+def test_other_files_of_the_machine_are_not_copied(folder: Path, tmp_path: Path):
+    (tmp_path / "id_rsa").write_text("secret")
+    (folder / "notes.txt").symlink_to("../id_rsa")
+    with pytest.raises(UsageError, match=r"notes\.txt: leaves the checkpoint folder, .*id_rsa"):
+        other_files(folder)
+    (folder / "notes.txt").unlink()
+    (folder / "notes.txt").symlink_to("gone")
+    with pytest.raises(UsageError, match=r"notes\.txt: expected a file.*broken link"):
+        other_files(folder)
+    (folder / "notes.txt").unlink()
+    os.mkfifo(folder / "notes.txt")
+    with pytest.raises(UsageError, match=r"notes\.txt: expected a file.*pipe"):
+        other_files(folder)
 
 
 @pytest.mark.parametrize("overwrite", [False, True])

@@ -247,7 +247,7 @@ def test_links_that_leave_the_model_are_refused_before_the_run(
     secret.write_text("{}")
     (model / "generation_config.json").unlink(missing_ok=True)
     (model / "generation_config.json").symlink_to(secret)
-    message = r"generation_config\.json: expected a file of this folder, found a link to .*secret"
+    message = r"generation_config\.json: leaves the checkpoint folder, links to .*secret"
     with pytest.raises(UsageError, match=message):
         compress(model, tmp_path / "out", config_of("wanda", documents))
     assert sorted(p.name for p in tmp_path.iterdir()) == ["model", "secret"]
@@ -256,7 +256,7 @@ def test_links_that_leave_the_model_are_refused_before_the_run(
 def test_a_pipe_among_the_files_is_refused(tiny_llama: Path, tmp_path: Path) -> None:
     shutil.copytree(tiny_llama, tmp_path / "model")
     os.mkfifo(tmp_path / "model" / "pipe")
-    with pytest.raises(UsageError, match="pipe: expected a file, found something else"):
+    with pytest.raises(UsageError, match="pipe: expected a file to copy, found a pipe"):
         other_files(tmp_path / "model")
 
 

@@ -72,7 +72,7 @@ def _read_front_matter(card: str) -> dict[str, Any]:
         return {}
     try:
         content = yaml.safe_load(match[1])
-    except yaml.YAMLError:
+    except (yaml.YAMLError, ValueError, RecursionError):  # the others: of dates, of depth
         return {}  # the base model's card is not ours to refuse
     return content if isinstance(content, dict) else {}
 

@@ -42,7 +42,7 @@ FLOATS = ("F32", "BF16", "F16")
 """Types in which a weight can be pruned."""
 
 WEIGHT_FILES = ("*.safetensors", "*.safetensors.index.json", "*.bin", "*.bin.index.json", "*.pt",
-                "*.pth", "*.gguf", "*.h5", "*.msgpack", "*.onnx")  # fmt: skip
+                "*.pth", "*.ckpt", "*.gguf", "*.h5", "*.msgpack", "*.onnx")  # fmt: skip
 """Files of the input that are weights in some format: never copied to the output."""
 
 
@@ -100,7 +100,7 @@ class Checkpoint:
             RspruneError: the file cannot be read, or was written to since it was opened.
         """
         info = self.tensors[name]
-        dtype = TORCH_DTYPES[info.dtype]
+        dtype = _torch_dtype(info)
         for start in range(0, info.nbytes, PIECE_BYTES):
             raw = self._read(info, start, min(PIECE_BYTES, info.nbytes - start))
             yield start // dtype.itemsize, torch.from_numpy(raw).view(dtype)
@@ -117,7 +117,7 @@ class Checkpoint:
         Whoever cuts the file while this is in use kills the process; what is read is safe of that.
         """
         info = self.tensors[name]
-        dtype = TORCH_DTYPES[info.dtype]
+        dtype = _torch_dtype(info)
         if info.nbytes == 0:
             return torch.empty(info.shape, dtype=dtype)
         with _named_errors():
@@ -129,7 +129,7 @@ class Checkpoint:
     def rows(self, name: str, indices: list[int]) -> torch.Tensor:
         """Some rows of a matrix, as stored, [indices, columns]."""
         info = self.tensors[name]
-        dtype, columns = TORCH_DTYPES[info.dtype], info.shape[1]
+        dtype, columns = _torch_dtype(info), info.shape[1]
         length = columns * dtype.itemsize
         found = torch.empty(len(indices), columns, dtype=dtype)
         for place, row in enumerate(indices):
@@ -272,13 +272,13 @@ class OutputFolder:
 
     def copy_other_files(self, source: Path) -> None:
         """Copies everything that is not a weight (configuration, tokenizer, licence, code)."""
-        for path in other_files(source):
-            target = self.folder / path.relative_to(source)
+        for relative in other_files(source):
+            target = self.folder / relative
             target.parent.mkdir(parents=True, exist_ok=True)
             try:
-                shutil.copyfile(path, target)
+                shutil.copyfile(source / relative, target)
             except OSError as error:
-                raise RspruneError(f"{target}: copy of {path}: {error.strerror}") from None
+                raise RspruneError(f"{target}: copy of {relative}: {error.strerror}") from None
 
     def write_text(self, name: str, text: str) -> None:
         """Writes a small file by temporary file and rename."""
@@ -326,28 +326,31 @@ class OutputFolder:
         shutil.rmtree(self.folder, ignore_errors=True)
 
 
-def other_files(folder: Path) -> list[Path]:
-    """The files of a model that are no weights and not ours: configuration, tokenizer, licence.
+def other_files(source: Path) -> list[Path]:
+    """What `OutputFolder.copy_other_files` copies, relative to `source`.
 
     Raises:
-        UsageError: a link that leaves the folder (and is none of a hub cache).
+        UsageError: one of them is a pipe or device, or a link out of the folder: an output is
+            published, and must not hold another file of this machine.
     """
+    root = source.resolve()
+    # A hub cache links <repo>/snapshots/<revision>/<file> to <repo>/blobs/<hash>.
+    revisions = (path.parent for path in (root, *root.parents))
+    blobs = (path.with_name("blobs") for path in revisions if path.name == "snapshots")
+    inside = (root, *blobs)
     found = []
-    root = folder.resolve()
-    homes = [root, *([root.parents[1] / "blobs"] if root.parent.name == "snapshots" else [])]
-    for path in sorted(folder.rglob("*")):
-        relative = path.relative_to(folder)
+    for path in sorted(source.rglob("*")):
+        relative = path.relative_to(source)
         hidden = any(part.startswith(".") for part in relative.parts)
         if path.is_dir() or hidden or any(path.match(p) for p in WEIGHT_FILES):
             continue
         if path.name in ("rsprune-report.jsonl", "recipe.yaml"):
             continue
-        target = path.resolve()
-        if not any(home in target.parents for home in homes):
-            raise UsageError(f"{path}: expected a file of this folder, found a link to {target}")
-        if not target.is_file():
-            raise UsageError(f"{path}: expected a file, found something else")
-        found.append(path)
+        if not path.is_file():
+            raise UsageError(f"{path}: expected a file to copy, found a pipe or a broken link")
+        if not any(path.resolve().is_relative_to(folder) for folder in inside):
+            raise UsageError(f"{path}: leaves the checkpoint folder, links to {path.resolve()}")
+        found.append(relative)
     return found
 
 
@@ -373,6 +376,14 @@ def check_output(out: Path, *sources: Path, overwrite: bool) -> None:
             f"output {out}: --overwrite replaces only what rsprune wrote, found a folder without "
             "rsprune-report.jsonl; remove it yourself or name another"
         )
+
+
+def _torch_dtype(info: TensorInfo) -> torch.dtype:
+    """Raises `UsageError` where torch has no such type."""
+    if info.dtype not in TORCH_DTYPES:
+        known = ", ".join(TORCH_DTYPES)
+        raise UsageError(f"{info.name}: expected dtype {known}, found {info.dtype}")
+    return TORCH_DTYPES[info.dtype]
 
 
 @contextlib.contextmanager

@@ -296,7 +296,9 @@ def main() -> NoReturn:
         # The reader of our output has gone: nothing to say, and nobody to say it to.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         code = 1
-    except Exception as error:
+    except (SystemExit, KeyboardInterrupt):
+        raise
+    except BaseException as error:  # a panic in Rust is no Exception
         code = _report_error(error)
     finally:
         signal.signal(signal.SIGTERM, before)
@@ -308,8 +310,10 @@ def _terminated(*_: object) -> NoReturn:
     raise SystemExit(143)
 
 
-def _report_error(error: Exception) -> int:
+def _report_error(error: BaseException) -> int:
     """One line on stderr; the exit code."""
+    from rsprune.errors import one_line
+
     usage = getattr(error, "format_message", None)  # typer's own: an option or argument is wrong
     refused = isinstance(error, (ValueError, FileNotFoundError, NotADirectoryError))
     refused = refused or isinstance(error, (IsADirectoryError, PermissionError))
@@ -321,5 +325,5 @@ def _report_error(error: Exception) -> int:
         text = str(error)
     else:
         text = f"{type(error).__name__}: {error} (RSPRUNE_DEBUG=1 shows where)"
-    print(f"error: {text}", file=sys.stderr)
+    print(f"error: {one_line(text)}", file=sys.stderr)
     return 2 if refused or usage is not None else 1

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rsprune.errors import UsageError
+from rsprune.guard import refusing_panics
 
 if TYPE_CHECKING:
     import torch
@@ -235,10 +236,18 @@ def _packed(tokenizer: Any, documents: Iterable[str]) -> Iterator[list[int]]:
     """Token ids of one document after the other, an EOS in front of all but the first."""
     end: list[int] = []  # what must stand between the last document and the next
     for document in documents:
-        ids: list[int] = tokenizer(document, verbose=False)["input_ids"]
+        ids = _ids(tokenizer, document)
         yield end + ids
         eos = tokenizer.eos_token_id
         end = [] if eos is None or ids[-1:] == [eos] else [eos]
+
+
+def _ids(tokenizer: Any, text: str, **options: Any) -> list[int]:
+    """The tokens of a text; raises UsageError when the tokenizer fails on it."""
+    # verbose=False: it would warn that the text is longer than the model's context
+    with refusing_panics("tokenizer"):
+        ids: list[int] = tokenizer(text, verbose=False, **options)["input_ids"]
+    return ids
 
 
 def split_heldout(
@@ -271,8 +280,7 @@ def evaluation_windows(text: str, tokenizer: Any, seq_len: int) -> torch.Tensor:
 
     if seq_len < 2:
         raise UsageError(f"seq_len: expected 2 or more to predict a token, found {seq_len}")
-    # verbose=False: it would warn that the text is longer than the model's context
-    ids = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
+    ids = _ids(tokenizer, text, add_special_tokens=False)
     count = len(ids) // seq_len
     if count == 0:
         raise UsageError(f"evaluation text: expected {seq_len} tokens or more, found {len(ids)}")

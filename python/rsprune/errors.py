@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-__all__ = ["DoesNotFitError", "RspruneError", "UsageError"]
+__all__ = ["DoesNotFitError", "RspruneError", "UsageError", "one_line"]
+
+LONGEST = 600
 
 
 class RspruneError(ValueError):
@@ -20,3 +22,13 @@ class DoesNotFitError(UsageError):
         super().__init__(message)
         self.smallest = smallest
         """The least bound in bytes that would do."""
+
+
+def one_line(error: object) -> str:
+    """The text of an error for one line of a terminal: no breaks, no control characters, no end.
+
+    What others raise may be pages long and hold a tensor's name as the file spells it.
+    """
+    joined = " ".join(str(error).split()) or type(error).__name__
+    printable = "".join(c if c.isprintable() else ascii(c)[1:-1] for c in joined)
+    return printable if len(printable) <= LONGEST else printable[: LONGEST - 3] + "..."

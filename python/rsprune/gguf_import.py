@@ -24,6 +24,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rsprune.errors import RspruneError, UsageError
+from rsprune.gguf_header import check_header
+from rsprune.guard import refusing, refusing_panics
 
 if TYPE_CHECKING:
     import numpy as np
@@ -72,18 +74,19 @@ def convert(
     "bfloat16", "float16" or "float32"; `progress` receives one line of text at a time.
     Returns `out_dir`, with config.json, the tokenizer, generation_config.json, README.md and
     model.safetensors (written last; a tied output layer is not stored).
-    Raises UsageError for a missing extra, file or unknown `dtype`; RspruneError for a file that
-    is damaged, of an unknown architecture, or whose tensors are not exactly those of the model.
+    Raises UsageError for a missing extra, file or unknown `dtype`, and for a file that is damaged
+    or of an unknown architecture; RspruneError where its tensors are not exactly the model's.
     """
     if dtype not in STORED_DTYPES:
         raise UsageError(f"dtype: expected one of {', '.join(STORED_DTYPES)}, found {dtype!r}")
     reader = _open(gguf_path)
     if out_dir.is_dir() and any(out_dir.iterdir()):
         raise UsageError(f"{out_dir}: expected a new or empty folder for the converted model")
+    with refusing(f"{gguf_path}: cannot be converted"):
+        model = _empty_model(gguf_path, reader.tensors, dtype)
+        names = _names(reader, model)
+        parts = _plan(reader.tensors, names)
     out_dir.mkdir(parents=True, exist_ok=True)
-    model = _empty_model(gguf_path, reader.tensors, dtype)
-    names = _names(reader, model)
-    parts = _plan(reader.tensors, names)
     progress(f"converting {gguf_path.name}: {len(parts)} tensors to {dtype}")
     _write_companions(gguf_path, reader, model, out_dir)
     _write_weights(parts, names, out_dir / "model.safetensors", dtype)
@@ -100,10 +103,9 @@ def _open(gguf_path: Path) -> Any:
         raise UsageError(message) from error
     if not gguf_path.is_file():
         raise UsageError(f"{gguf_path}: no such file")
-    try:
+    check_header(gguf_path)
+    with refusing(f"{gguf_path}: not a whole GGUF file"):
         return GGUFReader(gguf_path)
-    except (ValueError, IndexError, KeyError, OverflowError) as error:
-        raise RspruneError(f"{gguf_path}: not a whole GGUF file: {error}") from error
 
 
 def _empty_model(gguf_path: Path, tensors: list[Any], dtype: str) -> Any:
@@ -111,15 +113,19 @@ def _empty_model(gguf_path: Path, tensors: list[Any], dtype: str) -> Any:
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM
 
-    try:
-        config = AutoConfig.from_pretrained(gguf_path.parent, gguf_file=gguf_path.name)
+    from rsprune.checkpoint import TensorInfo
+    from rsprune.model_config import check_model
+
+    with refusing(f"{gguf_path}: transformers cannot read this architecture from GGUF"):
+        config = AutoConfig.from_pretrained(
+            gguf_path.parent, gguf_file=gguf_path.name, trust_remote_code=False
+        )
         config.dtype = getattr(torch, dtype)
         _set_expert_widths(config, tensors)
+        infos = {t.name: TensorInfo(t.name, "", "", tuple(map(int, t.shape)), 0) for t in tensors}
+        check_model(config, infos, trust_remote_code=False)
         with torch.device("meta"):
             model = AutoModelForCausalLM.from_config(config)
-    except (ValueError, KeyError, OSError, NotImplementedError) as error:
-        message = f"{gguf_path}: transformers cannot read this architecture from GGUF: {error}"
-        raise RspruneError(message) from error
     model.tie_weights()
     return model
 
@@ -267,8 +273,11 @@ def _write_companions(gguf_path: Path, reader: Any, model: Any, out_dir: Path) -
     if ids["eos"] is not None:
         known = {f"{key}_token_id": value for key, value in ids.items() if value is not None}
         GenerationConfig(**known).save_pretrained(out_dir)
-    tokenizer = AutoTokenizer.from_pretrained(gguf_path.parent, gguf_file=gguf_path.name)
-    tokenizer.save_pretrained(out_dir)
+    with refusing_panics(f"{gguf_path}: no tokenizer could be made of it"):
+        tokenizer = AutoTokenizer.from_pretrained(
+            gguf_path.parent, gguf_file=gguf_path.name, trust_remote_code=False
+        )
+        tokenizer.save_pretrained(out_dir)
     licence = read_field(reader, "general.license")
     front = f"license: {licence[0]}\n" if licence else ""
     body = f"Converted from {gguf_path.name} by rsprune; its values are those of the GGUF file.\n"

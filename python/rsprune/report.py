@@ -21,6 +21,13 @@ __all__ = ["REPORT_NAME", "Journal", "KindRow", "Report", "by_kind", "load_repor
 REPORT_NAME = "rsprune-report.jsonl"
 KINDS = ("run", "allocation", "tensor", "layer", "file", "summary")
 KEYS = {"tensor": "name", "layer": "layer", "file": "file"}  # what tells two lines of a kind apart
+TYPES: dict[str, tuple[type, ...]] = {
+    **dict.fromkeys(("name", "file", "dtype", "pattern", "scope", "sha256"), (str,)),
+    "shape": (list,),
+    "bytes": (int,),
+    "sparsity": (float, int),
+}
+"""What a value must be, wherever it stands: a report is read from folders of strangers."""
 
 Record = dict[str, Any]
 
@@ -151,7 +158,7 @@ def _parse(line: bytes, where: str) -> Record:
     """One line with a known kind and the key of that kind."""
     try:
         record = json.loads(line)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise RspruneError(f"{where}: expected a JSON object, found bad JSON: {error}") from error
     if not isinstance(record, dict) or record.get("kind") not in KINDS:
         found = record.get("kind") if isinstance(record, dict) else record
@@ -159,6 +166,10 @@ def _parse(line: bytes, where: str) -> Record:
     key = KEYS.get(record["kind"])
     if key is not None and not isinstance(record.get(key), (str, int)):
         raise RspruneError(f"{where}: expected {key!r} in a {record['kind']} record, found none")
+    for name, kinds in TYPES.items():
+        if not isinstance(record.get(name), (*kinds, type(None))):
+            expected = kinds[0].__name__
+            raise RspruneError(f"{where}: expected {expected} in {name!r}, found {record[name]!r}")
     return record
 
 

@@ -128,6 +128,7 @@ class _Run:
             self.progress.note(f"warning: {warning}")
         other_files(self.plan.model)  # a link that leaves the folder is refused now
         with self.timing.stage("read"):
+            other_files(self.plan.model)
             self.corpus: Corpus = load_texts(
                 self.config.calibration, field=self.config.calibration_field
             )
@@ -142,6 +143,7 @@ class _Run:
             )
             calibration, heldout = split_heldout(windows, self.config.heldout)
             self.windows = torch.cat([calibration, heldout])
+            self.prepared.stream.check_ids(self.windows)
             self.split = Split(len(calibration), len(heldout))
             self.prepared.checkpoint.check_finite(self.prepared.checkpoint.tensors)
 
@@ -324,7 +326,7 @@ class _Run:
         self.journal.close()
         report = load_report(output.folder)
         card = output.folder / "README.md"
-        source_card = card.read_text(encoding="utf-8") if card.exists() else None
+        source_card = card.read_text("utf-8", errors="replace") if card.exists() else None
         text = model_card(report, source_card=source_card, base_model=model)
         output.write_text("README.md", text)
         output.write_text("recipe.yaml", self.config.to_recipe())

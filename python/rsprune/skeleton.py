@@ -16,11 +16,13 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from rsprune.checkpoint import TORCH_DTYPES, Checkpoint, TensorInfo
+from rsprune.checkpoint import FLOATS, TORCH_DTYPES, Checkpoint, TensorInfo
 from rsprune.errors import UsageError
 from rsprune.experts import ExpertLinear, Experts, unfuse
+from rsprune.guard import refusing, refusing_panics
+from rsprune.model_config import check_model, parameters_registered_by, read_config
 from rsprune.pool import TensorPool
 from rsprune.stored import StoredLinear, keep_stored
 
@@ -28,22 +30,11 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 
-@contextlib.contextmanager
-def _parameters_on_meta() -> Iterator[None]:
+def _on_meta(name: str, parameter: nn.Parameter) -> nn.Parameter:
     """New parameters go to `meta`; buffers stay real (rotary frequencies are computed once)."""
-    original = nn.Module.register_parameter
-
-    def register(module: nn.Module, name: str, parameter: nn.Parameter | None) -> None:
-        original(module, name, parameter)
-        if parameter is not None and parameter.device.type != "meta":
-            empty = nn.Parameter(parameter.to("meta"), requires_grad=False)
-            module._parameters[name] = empty
-
-    nn.Module.register_parameter = register  # type: ignore[method-assign,assignment]
-    try:
-        yield
-    finally:
-        nn.Module.register_parameter = original  # type: ignore[method-assign]
+    if parameter.device.type == "meta":
+        return parameter
+    return nn.Parameter(parameter.to("meta"), requires_grad=False)
 
 
 class Skeleton:
@@ -64,15 +55,13 @@ class Skeleton:
         self.checkpoint = checkpoint
         self.device = torch.device(device)
         self.pool = TensorPool(self.device)
-        self.config = _read_config(checkpoint.folder, trust_remote_code)
-        try:
-            with _parameters_on_meta():
+        self.config = read_config(checkpoint.folder, trust_remote_code)
+        with refusing(f"{checkpoint.folder}: no causal language model"):
+            check_model(self.config, checkpoint.tensors, trust_remote_code)
+            with parameters_registered_by(_on_meta):
                 model = AutoModelForCausalLM.from_config(
                     self.config, dtype=torch.float32, trust_remote_code=trust_remote_code
                 )
-        except (ValueError, KeyError, ImportError) as error:
-            message = f"{checkpoint.folder}: no causal language model: {error}"
-            raise UsageError(message) from None
         self.model: Any = model.eval().requires_grad_(False)
         for buffered in self.model.modules():
             for name, buffer in buffered._buffers.items():
@@ -86,6 +75,21 @@ class Skeleton:
         self._disk_names = {name: disk_name for disk_name, name in self._renamed.items()}
         if missing := self.missing():
             raise MissingTensorsError(missing, checkpoint.folder)
+        self._check_tensors()
+
+    def _check_tensors(self) -> None:
+        """Refuses tensors that are not what the parameters of the model are, and broken buffers."""
+        for name, parameter in self.model.named_parameters():
+            info = self.checkpoint.tensors[self.disk_name(name) or name]
+            if info.shape != tuple(parameter.shape):
+                expected = f"expected shape {list(parameter.shape)} from config.json"
+                raise UsageError(f"{info.name}: {expected}, found {list(info.shape)}")
+            if info.dtype not in ("F64", *FLOATS):
+                expected = ", ".join(("F64", *FLOATS))
+                raise UsageError(f"{info.name}: expected dtype {expected}, found {info.dtype}")
+        for name, buffer in self.model.named_buffers():
+            if buffer.is_floating_point() and bool((buffer.isnan() | buffer.isposinf()).any()):
+                raise UsageError(f"config.json: gives no finite values for the buffer {name}")
 
     def missing(self) -> list[str]:
         """Names of the parameters that no tensor on disk provides."""
@@ -113,14 +117,15 @@ class Skeleton:
         return f"{self.layer_prefix}.{index}.{name}"
 
     def layer_of(self, disk_name: str) -> int | None:
-        """The decoder layer that an on-disk tensor belongs to; None outside of the layers."""
+        """The decoder layer of the model that an on-disk tensor belongs to, or None."""
         base = f"{self.model.base_model_prefix}."
         name = self._renamed.get(disk_name, disk_name)
+        layers = {str(index): index for index in range(len(self.layers))}
         for prefix in (self.layer_prefix, self.layer_prefix.removeprefix(base)):
             head, found, rest = name.partition(f"{prefix}.")
             index = rest.partition(".")[0]
-            if found and head in ("", base) and index.isdigit():
-                return int(index)
+            if found and head in ("", base) and index in layers:
+                return layers[index]
         return None
 
     def load(self, name: str, dtype: torch.dtype | None = torch.float32) -> Tensor:
@@ -247,11 +252,8 @@ class Skeleton:
 
 def load_tokenizer(folder: Path, trust_remote_code: bool = False) -> Any:
     """The tokenizer of a checkpoint; raises `UsageError` where it has none."""
-    try:
+    with refusing_panics(f"{folder}: no tokenizer could be loaded"):
         return AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code)
-    except (ValueError, OSError, KeyError, TypeError) as error:
-        first_line = str(error).strip().splitlines()[0]
-        raise UsageError(f"{folder}: no tokenizer could be loaded: {first_line}") from None
 
 
 def missing_tensors(folder: Path) -> list[str]:
@@ -272,18 +274,6 @@ class MissingTensorsError(UsageError):
         self.names = names
 
 
-def _read_config(folder: Path, trust_remote_code: bool) -> Any:
-    try:
-        config = AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
-    except (ValueError, OSError, KeyError) as error:
-        raise UsageError(f"{folder}/config.json: {error}") from None
-    if getattr(config, "quantization_config", None):
-        method = config.quantization_config.get("quant_method", "unknown")
-        raise UsageError(f"{folder}: expected unquantized weights, found {method} in config.json")
-    config.use_cache = False
-    return config
-
-
 def _named_parameters(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
     return model.named_parameters(remove_duplicate=False)
 
@@ -296,9 +286,10 @@ def _decoder_layers(model: nn.Module) -> tuple[str, nn.ModuleList]:
             name.startswith(f"{outer}.") for outer, _ in lists
         ):
             lists.append((name, module))
-    if not lists:
+    longest = max(lists, key=lambda item: len(item[1]), default=("", nn.ModuleList()))
+    if not len(longest[1]):
         raise UsageError(f"{type(model).__name__}: found no list of decoder layers")
-    return max(lists, key=lambda item: len(item[1]))
+    return longest
 
 
 def _renamed(model: nn.Module, disk_names: Iterable[str]) -> dict[str, str]:

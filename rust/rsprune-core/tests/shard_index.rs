@@ -173,10 +173,63 @@ fn missing_shards_and_tensors() {
 }
 
 #[test]
+fn tensors_in_two_files() {
+    let folder = tempfile::tempdir().unwrap();
+    let path = folder.path();
+    shard(&path.join("m-1.safetensors"), &["a", "b"]);
+    shard(&path.join("m-2.safetensors"), &["b", "c"]);
+    let map = [("a", "m-1.safetensors"), ("b", "m-1.safetensors"), ("c", "m-2.safetensors")];
+    index(path, &map);
+    refused(path, &[r#"tensor "b""#, r#"mapped to "m-1.safetensors""#, r#"in "m-2.safetensors""#]);
+    // A tensor that the index does not name is no tensor of the checkpoint, wherever it lies.
+    index(path, &[map[0], map[2]]);
+    assert!(Index::open(path).is_ok());
+}
+
+#[test]
+fn a_file_under_two_names() {
+    let folder = tempfile::tempdir().unwrap();
+    let path = folder.path();
+    shard(&path.join("m-1.safetensors"), &["a", "b"]);
+    symlink("m-1.safetensors", path.join("m-2.safetensors")).unwrap();
+    index(path, &[("a", "m-1.safetensors"), ("b", "m-2.safetensors")]);
+    refused(path, &[r#"tensor "b""#, "there only", r#"in "m-1.safetensors""#]);
+}
+
+#[test]
+fn an_index_that_is_too_large_or_no_file() {
+    let folder = tempfile::tempdir().unwrap();
+    let path = folder.path().join(INDEX);
+    fs::File::create(&path).unwrap().set_len(100_000_001).unwrap(); // sparse
+    refused(folder.path(), &[INDEX, "at most 100000000 bytes, found 100000001"]);
+    fs::remove_file(&path).unwrap();
+    fs::create_dir(&path).unwrap();
+    refused(folder.path(), &[INDEX, "expected a regular file"]);
+}
+
+/// Opening a pipe waits for its other end: forever, if a folder holds one in place of a file.
+#[test]
+fn pipes_are_refused_and_not_waited_for() {
+    let folder = tempfile::tempdir().unwrap();
+    for name in [INDEX, "model.safetensors"] {
+        let path = folder.path().join(name);
+        let made = std::process::Command::new("mkfifo").arg(&path).status().unwrap();
+        assert!(made.success());
+        refused(folder.path(), &[name, "expected a regular file"]);
+        fs::remove_file(&path).unwrap();
+    }
+}
+
+#[test]
 fn broken_indices() {
     let folder = tempfile::tempdir().unwrap();
     let path = folder.path().join(INDEX);
+    let deep = "[".repeat(100_000);
     for (json, part) in [
+        (deep.as_str(), "not valid"),
+        (&format!(r#"{{"weight_map":{{"a":{deep}"#), "not valid"),
+        (&format!(r#"{{"metadata":{deep}"#), "not valid"),
+        ("{\"weight_map\":{\"a\0\":\"x\"}}", "not valid"),
         (r#"{"weight_map":{"a":"x","a":"y"}}"#, r#"duplicate key "a""#),
         (r#"{"weight_map":{},"weight_map":{}}"#, "duplicate field"),
         (r#"{"weight_map":{"a":1}}"#, r#"key "a""#),

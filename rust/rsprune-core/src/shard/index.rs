@@ -75,22 +75,20 @@ fn present(path: &Path) -> bool {
 fn read_index(folder: &Path, root: &Path) -> Result<BTreeMap<String, String>> {
     let path = folder.join(INDEX);
     check_inside(&path, root, INDEX)?;
-    let length = fs::metadata(&path).map_err(io_error(&path, "stat"))?.len();
+    let meta = fs::metadata(&path).map_err(io_error(&path, "stat"))?;
+    if !meta.is_file() {
+        return Err(broken(&path, "expected a regular file"));
+    }
+    let length = meta.len();
     if length > MAX_INDEX {
         let reason = format!("expected at most {MAX_INDEX} bytes, found {length}");
         return Err(broken(&path, reason));
     }
     let bytes = fs::read(&path).map_err(io_error(&path, "read"))?;
-    let raw: RawIndex = serde_json::from_slice(&bytes)
-        .map_err(|e| broken(&path, format!("the index is not valid: {e}")))?;
-    let weight_map = raw.weight_map.0;
-    if weight_map.is_empty() {
-        return Err(broken(&path, "weight_map is empty"));
-    }
+    let weight_map = parse_index(&bytes, &path)?;
     let mut shards: BTreeMap<&str, Shard> = BTreeMap::new();
     for (tensor, file) in &weight_map {
         if !shards.contains_key(file.as_str()) {
-            check_name(&path, tensor, file)?;
             if !present(&folder.join(file)) {
                 let reason = format!("tensor {tensor:?} is mapped to {file:?}, which is missing");
                 return Err(broken(&path, reason));
@@ -102,7 +100,44 @@ fn read_index(folder: &Path, root: &Path) -> Result<BTreeMap<String, String>> {
             return Err(broken(&path, reason));
         }
     }
+    check_held_once(&path, &weight_map, &shards)?;
     Ok(weight_map)
+}
+
+/// The weight map in the text of an index file: tensor name -> name of a safetensors file inside
+/// of the folder. No file is looked at; `path` is only used in messages.
+pub fn parse_index(json: &[u8], path: &Path) -> Result<BTreeMap<String, String>> {
+    let raw: RawIndex = serde_json::from_slice(json)
+        .map_err(|e| broken(path, format!("the index is not valid: {e}")))?;
+    let weight_map = raw.weight_map.0;
+    if weight_map.is_empty() {
+        return Err(broken(path, "weight_map is empty"));
+    }
+    for (tensor, file) in &weight_map {
+        check_name(path, tensor, file)?;
+    }
+    Ok(weight_map)
+}
+
+/// Refuses a tensor that lies in a second file, too: some readers take the file that the index
+/// names, others the last one that they have read.
+fn check_held_once(
+    index: &Path,
+    weight_map: &BTreeMap<String, String>,
+    shards: &BTreeMap<&str, Shard>,
+) -> Result<()> {
+    for (file, shard) in shards {
+        for tensor in shard.infos().iter().map(|info| &info.name) {
+            if let Some(named) = weight_map.get(tensor).filter(|named| named != file) {
+                let reason = format!(
+                    "tensor {tensor:?} is mapped to {named:?}, expected it there only, found it \
+                     in {file:?}, too"
+                );
+                return Err(broken(index, reason));
+            }
+        }
+    }
+    Ok(())
 }
 
 /// Refuses file names that are no plain relative path to a safetensors file. A backslash is a

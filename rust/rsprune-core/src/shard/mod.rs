@@ -18,7 +18,7 @@ mod writer;
 pub use dtype::Dtype;
 pub use folder::exchange;
 pub use header::{Header, TensorInfo};
-pub use index::{Index, checkpoint_files};
+pub use index::{Index, checkpoint_files, parse_index};
 pub use layout::Layout;
 pub use reader::{Mapped, Shard};
 pub use writer::{Writer, write_file};

@@ -10,9 +10,9 @@ use super::{broken, io_error};
 use crate::error::{Error, Result};
 use memmap2::{Advice, Mmap, MmapOptions, UncheckedAdvice};
 use std::collections::BTreeMap;
-use std::fs::{File, Metadata};
+use std::fs::{File, Metadata, OpenOptions};
 use std::ops::{Deref, Range};
-use std::os::unix::fs::{FileExt, MetadataExt};
+use std::os::unix::fs::{FileExt, MetadataExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 
 /// Bytes of one `pread`, so that a failing disk is reported near the byte that failed.
@@ -39,7 +39,10 @@ impl Shard {
     /// Opens `path` and validates its header; no tensor byte is read.
     pub fn open(path: impl Into<PathBuf>) -> Result<Shard> {
         let path = path.into();
-        let file = File::open(&path).map_err(io_error(&path, "open"))?;
+        // A pipe would block in `open` until somebody writes to it; regular files do not care.
+        let mut options = OpenOptions::new();
+        let opened = options.read(true).custom_flags(libc::O_NONBLOCK).open(&path);
+        let file = opened.map_err(io_error(&path, "open"))?;
         let meta = file.metadata().map_err(io_error(&path, "stat"))?;
         if !meta.is_file() {
             return Err(broken(&path, "expected a regular file"));
