@@ -25,9 +25,18 @@ SOURCES = sorted(
 
 FOUNDATIONS = {"errors", "config", "memory", "pool", "timing", "windows", "blocks", "data"}
 FOUNDATIONS |= {"progress", "report", "stored", "experts", "scratch", "guard", "gguf_header"}
-MIDDLE = {"checkpoint", "skeleton", "stream", "layer_path", "calibrate", "methods", "evaluate"}
+MIDDLE = {
+    "checkpoint",
+    "output",
+    "skeleton",
+    "stream",
+    "layer_path",
+    "calibrate",
+    "methods",
+    "evaluate",
+}
 MIDDLE |= {"sources", "inspect", "model_config", "head", "scoring", "eval_plan", "eval_journal"}
-MIDDLE |= {"eval_tasks", "harness", "permute", "tune", "resume"}
+MIDDLE |= {"evaluate", "eval_tasks", "harness", "permute", "tune", "resume"}
 TOP = {"plan", "run", "demo", "verify", "tables", "card", "options", "cli", "estimate"}
 TOP |= {"layer_run", "allocate"}
 

@@ -12,17 +12,9 @@ from safetensors.torch import load_file, save_file
 
 from rsprune import _core
 from rsprune import checkpoint as checkpoint_module
-from rsprune.checkpoint import (
-    PIECE_BYTES,
-    TORCH_DTYPES,
-    Checkpoint,
-    OutputFolder,
-    check_output,
-    free_bytes,
-    other_files,
-    sha256,
-)
+from rsprune.checkpoint import PIECE_BYTES, TORCH_DTYPES, Checkpoint, sha256
 from rsprune.errors import RspruneError, UsageError
+from rsprune.output import OutputFolder, check_output, free_bytes, other_files
 
 TENSORS = {
     "a.weight": torch.arange(12, dtype=torch.bfloat16).reshape(3, 4),
@@ -171,7 +163,7 @@ def test_an_older_output_goes_when_the_new_one_is_whole(
     exchanges: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
     if not exchanges:
-        monkeypatch.setattr("rsprune.checkpoint._core.exchange", lambda *_: False)
+        monkeypatch.setattr("rsprune.output._core.exchange", lambda *_: False)
     out = tmp_path / "out"
     out.mkdir()
     (out / "old.txt").write_text("old")
@@ -193,8 +185,8 @@ def test_an_older_output_survives_a_rename_that_fails(tmp_path: Path, monkeypatc
             raise OSError("the disk went away")
         rename(source, target)
 
-    monkeypatch.setattr("rsprune.checkpoint._core.exchange", lambda *_: False)
-    monkeypatch.setattr("rsprune.checkpoint.os.rename", fail)
+    monkeypatch.setattr("rsprune.output._core.exchange", lambda *_: False)
+    monkeypatch.setattr("rsprune.output.os.rename", fail)
     with pytest.raises(OSError, match="went away"):
         output.commit()
     output.discard()

@@ -17,8 +17,8 @@ import pytest
 from test_resume import config_of, contents, in_a_child
 
 from rsprune import Config, compress, plan
-from rsprune.checkpoint import OutputFolder, other_files
 from rsprune.errors import RspruneError, UsageError
+from rsprune.output import OutputFolder, other_files
 from rsprune.report import REPORT_NAME, Journal
 from rsprune.verify import verify
 

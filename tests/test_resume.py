@@ -15,8 +15,8 @@ from typing import Any
 import pytest
 
 from rsprune import Config, compress, methods
-from rsprune.checkpoint import OutputFolder
 from rsprune.errors import RspruneError, UsageError
+from rsprune.output import OutputFolder
 from rsprune.report import REPORT_NAME
 from rsprune.verify import verify
 

@@ -1,22 +1,12 @@
-"""Tensors by their on-disk names: lent from the input's shards, put into the output's.
+"""Tensors by their on-disk names, lent from the shards of a folder.
 
-The input is opened once: all headers are validated, no tensor byte is read. The output is built
-in `<out>.partial`, shard by shard, and gets its name by one rename when everything is in it.
+It is opened once: all headers are validated, no tensor byte is read.
 """
 
 from __future__ import annotations
 
 import contextlib
-import errno
-import fcntl
 import hashlib
-import itertools
-import json
-import math
-import os
-import shutil
-import socket
-import tempfile
 import warnings
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
@@ -40,10 +30,6 @@ PIECE_BYTES = 4 * 2**20
 
 FLOATS = ("F32", "BF16", "F16")
 """Types in which a weight can be pruned."""
-
-WEIGHT_FILES = ("*.safetensors", "*.safetensors.index.json", "*.bin", "*.bin.index.json", "*.pt",
-                "*.pth", "*.ckpt", "*.gguf", "*.h5", "*.msgpack", "*.onnx")  # fmt: skip
-"""Files of the input that are weights in some format: never copied to the output."""
 
 
 @dataclass(frozen=True)
@@ -120,7 +106,7 @@ class Checkpoint:
         dtype = _torch_dtype(info)
         if info.nbytes == 0:
             return torch.empty(info.shape, dtype=dtype)
-        with _named_errors():
+        with named_errors():
             raw = np.frombuffer(memoryview(self._shards[info.file].map(name)), dtype=np.uint8)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", UserWarning)  # "not writable": meant so
@@ -148,7 +134,7 @@ class Checkpoint:
         writer.copy(name, self._shards[self.tensors[name].file])
 
     def _read(self, info: TensorInfo, start: int, count: int) -> NDArray[np.uint8]:
-        with _named_errors():
+        with named_errors():
             return self._shards[info.file].read_part(info.name, start, count)
 
     def check_finite(self, names: Iterable[str]) -> None:
@@ -174,210 +160,6 @@ class Checkpoint:
         )
 
 
-class OutputFolder:
-    """The folder that is being written: `<out>.partial` until `commit`.
-
-    What an earlier run left there stays until `clear`.
-    """
-
-    def __init__(self, out: Path, *, overwrite: bool = True) -> None:
-        self.out = _real(out)
-        self.folder = _partial(self.out)
-        self.overwrite = overwrite
-        self._files: dict[str, str] = {}
-        self.total_bytes = 0
-        self.total_parameters = 0
-        self.folder.mkdir(parents=True, exist_ok=True)
-        self.scratch = self.folder / ".scratch"
-
-    @contextlib.contextmanager
-    def owned(self) -> Iterator[None]:
-        """Keeps other runs out for the length of the block; a killed run's claim dies with it.
-
-        Raises:
-            UsageError: naming the process that writes here.
-        """
-        path = self.out.with_name(self.out.name + ".lock")
-        with path.open("a+") as lock:
-
-            def is_ours() -> bool:  # and not one that was made since another run removed it
-                return path.exists() and os.path.samestat(path.stat(), os.fstat(lock.fileno()))
-
-            try:
-                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                taken = not is_ours()
-            except BlockingIOError:
-                taken = True
-            if taken:
-                lock.seek(0)
-                owner = lock.read().strip()
-                raise UsageError(f"output {self.out}: another run is writing it ({owner})")
-            lock.truncate(0)
-            lock.write(f"process {os.getpid()} on {socket.gethostname()}\n")
-            lock.flush()
-            self.folder.mkdir(parents=True, exist_ok=True)
-            shutil.rmtree(self.scratch, ignore_errors=True)
-            self.scratch.mkdir()
-            try:
-                yield
-            finally:
-                shutil.rmtree(self.scratch, ignore_errors=True)
-                if is_ours():
-                    path.unlink()
-
-    def clear(self) -> None:
-        """Removes what an earlier run left.
-
-        Raises:
-            UsageError: there are files that no run of ours has written.
-        """
-        found = [path for path in self.folder.iterdir() if path != self.scratch]
-        ours = any(path.name == "rsprune-report.jsonl" for path in found)
-        if not ours and any(path.suffix != ".tmp" for path in found):
-            raise UsageError(
-                f"output {self.out}: is built in {self.folder}, which holds files but no "
-                "rsprune-report.jsonl; remove it yourself or name another output"
-            )
-        for path in found:
-            shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
-
-    def keep_shard(self, file: str, source: Checkpoint, names: list[str]) -> None:
-        """Counts a shard in that an earlier run has finished."""
-        for name in names:
-            self._files[name] = file
-            self.total_bytes += source.tensors[name].nbytes
-            self.total_parameters += math.prod(source.tensors[name].shape)
-
-    def put_shard(
-        self, file: str, source: Checkpoint, names: list[str], changed: dict[str, NDArray[Any]]
-    ) -> dict[str, Any]:
-        """Writes one shard: `changed` tensors as given, the others copied from `source`.
-
-        Returns:
-            file, bytes and sha256 of what is on disk.
-        """
-        infos = [source.tensors[name] for name in names]
-        plan = [(info.name, info.dtype, list(info.shape)) for info in infos]
-        with _named_errors():
-            writer = _core.ShardWriter(self.folder / file, plan, {"format": "pt"})
-            for info in infos:
-                if (new := changed.get(info.name)) is None:
-                    source.copy_into(writer, info.name)
-                else:
-                    writer.put(info.name, new.reshape(-1).view(np.uint8))
-            writer.finish()
-        self.keep_shard(file, source, names)
-        path = self.folder / file
-        return {"file": file, "bytes": path.stat().st_size, "sha256": sha256(path)}
-
-    def copy_other_files(self, source: Path) -> None:
-        """Copies everything that is not a weight (configuration, tokenizer, licence, code)."""
-        for relative in other_files(source):
-            target = self.folder / relative
-            target.parent.mkdir(parents=True, exist_ok=True)
-            try:
-                shutil.copyfile(source / relative, target)
-            except OSError as error:
-                raise RspruneError(f"{target}: copy of {relative}: {error.strerror}") from None
-
-    def write_text(self, name: str, text: str) -> None:
-        """Writes a small file by temporary file and rename."""
-        _core.write_file(self.folder / name, text.encode("utf-8"))
-
-    def write_index(self) -> None:
-        """Writes the index: from now on the folder can be loaded."""
-        metadata = {"total_size": self.total_bytes, "total_parameters": self.total_parameters}
-        index = {"metadata": metadata, "weight_map": dict(sorted(self._files.items()))}
-        self.write_text("model.safetensors.index.json", json.dumps(index, indent=2) + "\n")
-
-    def commit(self) -> None:
-        """Gives the folder its name; an older output of that name goes only now.
-
-        Everything is on disk before: a machine that loses power has the old output or the new.
-        """
-        shutil.rmtree(self.scratch, ignore_errors=True)
-        if self.out.exists() and not self.overwrite:
-            raise UsageError(f"output {self.out}: has appeared since this run began; move it away")
-        for path in [*self.folder.rglob("*"), self.folder]:
-            _sync(path)
-        if self.out.exists():
-            self._replace()
-        else:
-            os.rename(self.folder, self.out)
-        _sync(self.out.parent)
-
-    def _replace(self) -> None:
-        """Both names change places at once; by two renames where the file system cannot."""
-        prefix = f".{self.out.name}-"
-        with tempfile.TemporaryDirectory(dir=self.out.parent, prefix=prefix) as aside:
-            old = Path(aside, "old")
-            if _core.exchange(self.folder, self.out):
-                os.rename(self.folder, old)  # or the next run would take it for an unfinished one
-                return
-            os.rename(self.out, old)
-            try:
-                os.rename(self.folder, self.out)
-            except BaseException:
-                os.rename(old, self.out)
-                raise
-
-    def discard(self) -> None:
-        """Removes everything that was written."""
-        shutil.rmtree(self.folder, ignore_errors=True)
-
-
-def other_files(source: Path) -> list[Path]:
-    """What `OutputFolder.copy_other_files` copies, relative to `source`.
-
-    Raises:
-        UsageError: one of them is a pipe or device, or a link out of the folder: an output is
-            published, and must not hold another file of this machine.
-    """
-    root = source.resolve()
-    # A hub cache links <repo>/snapshots/<revision>/<file> to <repo>/blobs/<hash>.
-    revisions = (path.parent for path in (root, *root.parents))
-    blobs = (path.with_name("blobs") for path in revisions if path.name == "snapshots")
-    inside = (root, *blobs)
-    found = []
-    for path in sorted(source.rglob("*")):
-        relative = path.relative_to(source)
-        hidden = any(part.startswith(".") for part in relative.parts)
-        if path.is_dir() or hidden or any(path.match(p) for p in WEIGHT_FILES):
-            continue
-        if path.name in ("rsprune-report.jsonl", "recipe.yaml"):
-            continue
-        if not path.is_file():
-            raise UsageError(f"{path}: expected a file to copy, found a pipe or a broken link")
-        if not any(path.resolve().is_relative_to(folder) for folder in inside):
-            raise UsageError(f"{path}: leaves the checkpoint folder, links to {path.resolve()}")
-        found.append(relative)
-    return found
-
-
-def check_output(out: Path, *sources: Path, overwrite: bool) -> None:
-    """Refuses an output that is or holds an input; one that exists, unless `overwrite`; and with
-    `overwrite` a folder that rsprune did not write.
-
-    Raises:
-        UsageError: in these cases.
-    """
-    for source, target in itertools.product(
-        sources, (out.resolve(), _partial(_real(out)).resolve())
-    ):
-        origin = source.resolve()
-        if target == origin or target in origin.parents or origin in target.parents:
-            raise UsageError(f"output {out}: must lie apart from the input {source}")
-    if out.exists() and not overwrite:
-        raise UsageError(f"output {out}: exists already; name another or pass --overwrite")
-    if out.exists() and not out.is_dir():
-        raise UsageError(f"output {out}: expected a folder, found a file")
-    if out.exists() and any(out.iterdir()) and not (out / "rsprune-report.jsonl").exists():
-        raise UsageError(
-            f"output {out}: --overwrite replaces only what rsprune wrote, found a folder without "
-            "rsprune-report.jsonl; remove it yourself or name another"
-        )
-
-
 def _torch_dtype(info: TensorInfo) -> torch.dtype:
     """Raises `UsageError` where torch has no such type."""
     if info.dtype not in TORCH_DTYPES:
@@ -387,40 +169,12 @@ def _torch_dtype(info: TensorInfo) -> torch.dtype:
 
 
 @contextlib.contextmanager
-def _named_errors() -> Iterator[None]:
+def named_errors() -> Iterator[None]:
     """What the core says of a file (its name, offset and cause) ends the run."""
     try:
         yield
     except (OSError, ValueError) as error:
         raise RspruneError(str(error)) from None
-
-
-def _sync(path: Path) -> None:
-    """Makes a file, or the names in a folder, durable."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    except OSError as error:
-        if error.errno != errno.EINVAL:  # some network file systems have no fsync of folders
-            raise
-    finally:
-        os.close(descriptor)
-
-
-def _real(out: Path) -> Path:
-    """What `out` means: a link that leads nowhere yet is followed, so that all is built there."""
-    return out.resolve() if out.is_symlink() and not out.exists() else Path(os.path.abspath(out))
-
-
-def _partial(out: Path) -> Path:
-    """Where the output is built."""
-    return out.with_name(out.name + ".partial")
-
-
-def finished_bytes(out: Path) -> int:
-    """What an unfinished run of `out` has on disk already."""
-    shards = _partial(_real(out)).glob("*.safetensors")
-    return sum(path.stat().st_size for path in shards)
 
 
 def as_stored(value: torch.Tensor, dtype: torch.dtype) -> NDArray[Any]:
@@ -429,16 +183,6 @@ def as_stored(value: torch.Tensor, dtype: torch.dtype) -> NDArray[Any]:
     bits = stored.view(torch.uint16) if dtype.itemsize == 2 else stored
     array: NDArray[Any] = bits.numpy()
     return array
-
-
-def free_bytes(path: Path) -> int:
-    """Bytes free on the file system that will hold `path`."""
-    while not path.exists():
-        path = path.parent
-    try:
-        return shutil.disk_usage(path).free
-    except OSError as error:
-        raise RspruneError(f"{path}: cannot ask for free space: {error}") from None
 
 
 def sha256(path: Path) -> str:

@@ -16,12 +16,13 @@ import torch
 
 from rsprune import _core, methods
 from rsprune.blocks import LayerStructure
-from rsprune.checkpoint import FLOATS, Checkpoint, TensorInfo, finished_bytes, free_bytes
+from rsprune.checkpoint import FLOATS, Checkpoint, TensorInfo
 from rsprune.config import Config
 from rsprune.data import split_heldout
 from rsprune.errors import DoesNotFitError, UsageError
 from rsprune.memory import KEPT_BYTES, memory_limit, rss_anon
 from rsprune.methods.base import Inputs
+from rsprune.output import finished_bytes, free_bytes
 from rsprune.skeleton import Skeleton
 from rsprune.stream import Opening, Stream
 

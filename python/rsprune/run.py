@@ -32,12 +32,12 @@ from rsprune import _core, methods
 from rsprune.allocate import allocate, exact_patterns, measure
 from rsprune.calibrate import LayerJob
 from rsprune.card import model_card
-from rsprune.checkpoint import OutputFolder, check_output, other_files
 from rsprune.config import Config
 from rsprune.data import Corpus, calibration_windows, load_texts, split_heldout
 from rsprune.experts import stored_bytes
 from rsprune.layer_run import LayerRun
 from rsprune.memory import PeakWatch, give_freed_pages_back, keep_freed_pages, rss_anon
+from rsprune.output import OutputFolder, check_output, other_files
 from rsprune.plan import Plan, Prepared, device, parse_pattern, prepare
 from rsprune.progress import NullProgress, Progress
 from rsprune.report import REPORT_NAME, Journal, Report, load_report, read_records

@@ -94,6 +94,8 @@ class Scorer:
         if not passages:
             return
         stream, longest = Stream(self.skeleton), max(len(p.inputs) for p in passages)
+        for passage in passages:
+            stream.check_ids(passage.inputs)
         opening = stream.open(longest)
         head = Head(stream)
         plan = plan_batches(
