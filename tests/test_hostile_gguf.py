@@ -107,7 +107,7 @@ def test_a_file_cut_anywhere(whole: Path, tmp_path: Path, command_line: CommandL
     content = whole.read_bytes()
     cut = tmp_path / "cut.gguf"
     refused = 0
-    for length in range(0, 7_000, 97):  # keys and the vocabulary
+    for length in range(0, 4_000, 47):  # keys and the vocabulary
         cut.write_bytes(content[:length])
         with pytest.raises(UsageError, match=r"cut\.gguf: not a whole GGUF file"):
             check_header(cut)

@@ -123,7 +123,7 @@ def _empty_model(gguf_path: Path, tensors: list[Any], dtype: str) -> Any:
         config.dtype = getattr(torch, dtype)
         _set_expert_widths(config, tensors)
         infos = {t.name: TensorInfo(t.name, "", "", tuple(map(int, t.shape)), 0) for t in tensors}
-        check_model(config, infos, trust_remote_code=False)
+        check_model(config, infos, gguf_path, trust_remote_code=False)
         with torch.device("meta"):
             model = AutoModelForCausalLM.from_config(config)
     model.tie_weights()

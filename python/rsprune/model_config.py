@@ -66,12 +66,15 @@ def _check_text(path: Path, trust_remote_code: bool) -> None:
                 raise UsageError(f"{path}: {key} names code to be downloaded, found {value!r}")
 
 
-def check_model(config: Any, tensors: Mapping[str, TensorInfo], trust_remote_code: bool) -> None:
+def check_model(
+    config: Any, tensors: Mapping[str, TensorInfo], where: Path, trust_remote_code: bool
+) -> None:
     """Refuses a configuration whose model the tensors cannot fill, before it takes memory.
 
     Args:
         config: as read.
-        tensors: what the shards hold.
+        tensors: what the files hold.
+        where: the file that the configuration was read from.
         trust_remote_code: whether code that lies in the model's folder may run.
 
     Raises:
@@ -86,13 +89,13 @@ def check_model(config: Any, tensors: Mapping[str, TensorInfo], trust_remote_cod
         seen += 1
         if seen > most:
             raise UsageError(
-                f"config.json: describes a model of more than {most} parameters, the shards hold "
+                f"{where}: describes a model of more than {most} parameters, the files hold "
                 f"{len(tensors)} tensors"
             )
         if not 0 < parameter.numel() <= max(stored, 1):
             raise UsageError(
-                f"config.json: describes a parameter {name!r} of shape {list(parameter.shape)}, "
-                f"expected 1 to {stored} values, as many as all shards hold"
+                f"{where}: describes a parameter {name!r} of shape {list(parameter.shape)}, "
+                f"expected 1 to {stored} values, as many as all files hold"
             )
         return parameter
 
@@ -101,8 +104,7 @@ def check_model(config: Any, tensors: Mapping[str, TensorInfo], trust_remote_cod
     buffers = sum(buffer.nbytes for buffer in model.buffers())
     if buffers > MAX_BUFFER_BYTES:
         raise UsageError(
-            f"config.json: describes buffers of {buffers} bytes, expected at most "
-            f"{MAX_BUFFER_BYTES}"
+            f"{where}: describes buffers of {buffers} bytes, expected at most {MAX_BUFFER_BYTES}"
         )
 
 

@@ -57,7 +57,8 @@ class Skeleton:
         self.pool = TensorPool(self.device)
         self.config = read_config(checkpoint.folder, trust_remote_code)
         with refusing(f"{checkpoint.folder}: no causal language model"):
-            check_model(self.config, checkpoint.tensors, trust_remote_code)
+            where = checkpoint.folder / "config.json"
+            check_model(self.config, checkpoint.tensors, where, trust_remote_code)
             with parameters_registered_by(_on_meta):
                 model = AutoModelForCausalLM.from_config(
                     self.config, dtype=torch.float32, trust_remote_code=trust_remote_code
