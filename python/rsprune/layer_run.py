@@ -125,6 +125,11 @@ class LayerRun:
             weight, certificate = self._solve(method, operator, statistics)
         if certificate["tokens"] == 0:
             certificate["error"] = None  # not zero: nothing was measured
+        if (dead := certificate["dead_channels"]) and certificate["tokens"]:
+            self.progress.note(
+                f"warning: {operator.name}: {dead} of {operator.columns} input channels carried no "
+                "value on the calibration text"
+            )
         if operator.expert is not None and self.scratch is not None:
             weight = self.scratch.keep(weight)
         self.changed[operator.name] = self.job.set_weight(linear, weight, operator.dtype)
