@@ -156,19 +156,19 @@ impl Statistics {
         which: Sum,
         s: &[f64],
     ) -> Result<PackedB> {
-        self.packed_columns(job, kernel, which, s, 0..self.n)
+        self.packed_part(job, kernel, which, s, (self.n, 0..self.n))
     }
 
-    /// Some of its columns.
-    pub(super) fn packed_columns(
+    /// Some of its columns, as many of their rows as asked for.
+    pub(super) fn packed_part(
         &self,
         job: &Job,
         kernel: &Kernel,
         which: Sum,
         s: &[f64],
-        columns: Range<usize>,
+        (rows, columns): (usize, Range<usize>),
     ) -> Result<PackedB> {
-        let (width, shape) = (PackedB::panel_width(kernel), (self.n, columns.len()));
+        let (width, shape) = (PackedB::panel_width(kernel), (rows, columns.len()));
         PackedB::filled(job, kernel, shape, |rows, panel, tile| {
             for (j, c) in panel.map(|j| columns.start + j).enumerate() {
                 for (i, r) in rows.clone().enumerate() {
