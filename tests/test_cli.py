@@ -377,3 +377,19 @@ def test_the_demo_measures_on_text_that_calibration_never_sees(tmp_path: Path):
         topics[key] for key in sorted(topics)
     )
     assert len(evaluation) > 24 * 512 * 3  # characters: enough for the demo's windows
+
+
+@pytest.mark.parametrize("kind", [RuntimeError, type("PanicException", (BaseException,), {})])
+def test_what_nobody_foresaw_is_one_line_too(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], kind: type[BaseException]
+):
+    """A panic of Rust is no `Exception`; lines and control characters cannot fake another error."""
+
+    def fail(folder: Path) -> None:
+        raise kind("first\n\x1b[2J" + "second " * 500)
+
+    fake(monkeypatch, "rsprune.verify", verify=fail)
+    assert run(["verify", "folder"], monkeypatch) == 1
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith(f"error: {kind.__name__}: first \\x1b[2Jsecond")
+    assert line.endswith("...")

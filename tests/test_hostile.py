@@ -141,13 +141,9 @@ def test_a_tensor_that_the_index_does_not_name(sharded: Path, command_line: Comm
         assert DOWN in command_line.refusal(command, sharded)
 
 
-def pipe(folder: Path) -> None:
-    (folder / SINGLE).unlink()
-    os.mkfifo(folder / SINGLE)
-
-
 def test_a_pipe_is_not_waited_for(single: Path, command_line: CommandLine):
-    pipe(single)
+    (single / SINGLE).unlink()
+    os.mkfifo(single / SINGLE)
     assert "missing model.safetensors" in command_line.refusal("plan", single)
     assert "expected a regular file" in command_line.refusal("inspect", single)
     assert "expected a regular file" in command_line.refusal("verify", single)
@@ -200,8 +196,10 @@ def test_configurations(single: Path, command_line: CommandLine, name: str):
         assert re.search(message, command_line.refusal(command, single))
 
 
-def test_buffers_that_no_memory_holds(tiny: Callable[..., Path], tmp_path: Path, command_line):
-    """No tensor on disk speaks against them: OPT's learned positions are, GPT-J's angles not."""
+def test_buffers_that_no_memory_holds(
+    tiny: Callable[..., Path], tmp_path: Path, command_line: CommandLine
+):
+    """No tensor on disk speaks against them: GPT-J computes its angles for every position."""
     from transformers import GPTJConfig, GPTJForCausalLM
 
     sizes = {"n_embd": 32, "n_layer": 2, "n_head": 4, "rotary_dim": 4, "vocab_size": 300}
@@ -341,6 +339,34 @@ def test_denormal_weights_are_weights(single: Path, tmp_path: Path, text: Path, 
     assert torch.equal(found[0], found[1])
     assert bool((kept.reshape(32, 16, 4).sum(2) == 2).all())
     assert torch.equal(found[0][kept], tiny_weights[kept])
+
+
+@pytest.mark.parametrize(
+    "card",
+    [
+        b"---\nlicense: \xff\xfe\n---\n",
+        b"---\nlicense: !!python/object/apply:os.system [exit]\n---\n",
+        b"---\n" + b"[" * 100_000 + b"\n---\n",
+        b"---\nlicense: 2001-99-99\n---\n",
+    ],
+    ids=["not UTF-8", "code", "deep", "no date"],
+)
+def test_a_broken_card_does_not_end_a_run(single: Path, command_line: CommandLine, card: bytes):
+    """It is read when all layers are done."""
+    (single / "README.md").write_bytes(card)
+    code, _, err = command_line.run(command_line.arguments("compress", single))
+    assert code == 0, err
+    assert "pruned" in (command_line.results / "out" / "README.md").read_text()
+
+
+def test_files_that_cannot_be_copied_are_refused_before_the_run(
+    single: Path, command_line: CommandLine
+):
+    (single / "notes.txt").symlink_to("/etc/hostname")
+    assert "notes.txt: leaves the checkpoint folder" in command_line.refusal("compress", single)
+    (single / "notes.txt").unlink()
+    os.mkfifo(single / "notes.txt")
+    assert "notes.txt: expected a file" in command_line.refusal("compress", single)
 
 
 REPORTS: dict[str, tuple[str, str]] = {
