@@ -3,9 +3,9 @@
     python benches/python/kills.py MODEL --calibration c4.jsonl --work DIR [--kills 10]
 
 An undisturbed run first; then the same command again and again, killed (SIGKILL) `--kills` times at
-instants drawn over the time of a whole run; whatever finishes is compared, and begun anew. Printed: how often it was killed and in which
-layer, and the time of all parts over that of the undisturbed run: the overhead of resuming, with
-the work that each kill destroyed.
+instants drawn over the time of a whole run; whatever finishes is compared, and begun anew. Printed:
+how often it was killed and after which layer, and the time of all parts over that of undisturbed
+runs: the overhead of resuming, with the work that each kill destroyed.
 """
 
 from __future__ import annotations
