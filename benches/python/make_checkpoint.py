@@ -19,6 +19,7 @@ import torch
 import transformers
 
 from rsprune import _core
+from rsprune.experts import unfuse
 
 SHAPES: dict[str, tuple[str, dict[str, Any]]] = {
     "llama-3.2-1b": ("Llama", {
@@ -30,6 +31,12 @@ SHAPES: dict[str, tuple[str, dict[str, Any]]] = {
         "hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 32,
         "num_attention_heads": 32, "num_key_value_heads": 8,
         "vocab_size": 128256, "tie_word_embeddings": False,
+    }),
+    "qwen3-30b-a3b": ("Qwen3Moe", {
+        "hidden_size": 2048, "intermediate_size": 6144, "moe_intermediate_size": 768,
+        "num_hidden_layers": 48, "num_attention_heads": 32, "num_key_value_heads": 4,
+        "head_dim": 128, "num_experts": 128, "num_experts_per_tok": 8, "norm_topk_prob": True,
+        "vocab_size": 151936, "tie_word_embeddings": False,
     }),
 }  # fmt: skip
 """Name -> (prefix of the classes of transformers, its published sizes)."""
@@ -45,6 +52,7 @@ def write(name: str, folder: Path, layers: int | None) -> None:
     config.dtype = torch.bfloat16
     with torch.device("meta"):
         model = transformers.AutoModelForCausalLM.from_config(config)
+        unfuse(model.model.layers, "model.layers")  # on disk there is one matrix an expert
     folder.mkdir(parents=True)
     config.save_pretrained(folder)
     shards: dict[str, list[tuple[str, torch.Size]]] = defaultdict(list)

@@ -18,6 +18,7 @@ __all__ = [
     "best",
     "checkpoint_index",
     "default_threads",
+    "exchange",
     "fista",
     "fista_plus",
     "group_channels",
