@@ -203,13 +203,58 @@ fn reads_are_checked() {
     // The file loses its end after it was opened.
     let file = fs::OpenOptions::new().write(true).open(&path).unwrap();
     file.set_len(5_000).unwrap();
-    let offset = shard.info("a").unwrap().offset;
-    let message = shard.read_into("a", &mut [0; 10_000]).unwrap_err().to_string();
-    let expected = format!("read of 10000 bytes at {offset} for tensor \"a\" failed");
-    assert!(message.contains(&expected), "{message}");
-    let message = shard.map("a").unwrap_err().to_string();
-    assert!(message.contains("the file shrank") && message.contains("\"a\""), "{message}");
+    let end = shard.info("a").unwrap().offset + 10_000;
+    let read = shard.read_into("a", &mut [0; 10_000]).map(|()| ());
+    for outcome in [read, shard.map("a").map(|_| ())] {
+        let message = outcome.unwrap_err().to_string();
+        let expected = format!("tensor \"a\" ends at byte {end}, file has 5000");
+        assert!(message.contains("the file shrank") && message.contains(&expected), "{message}");
+    }
     assert!(Shard::open(&path).unwrap_err().to_string().contains("truncated"));
+}
+
+#[test]
+fn a_file_that_was_written_to_is_not_trusted() {
+    let folder = tempfile::tempdir().unwrap();
+    let path = target(&folder);
+    let mut writer = Writer::create(&path, plan(&[named("a", Dtype::U8, &[100])])).unwrap();
+    writer.put("a", &[1; 100]).unwrap();
+    writer.finish().unwrap();
+    let shard = Shard::open(&path).unwrap();
+    shard.read_into("a", &mut [0; 100]).unwrap();
+    let file = fs::OpenOptions::new().write(true).open(&path).unwrap();
+    let past = std::time::SystemTime::UNIX_EPOCH + std::time::Duration::from_secs(1);
+    file.set_modified(past).unwrap(); // another time, whatever the resolution of the clock
+    let message = shard.read_into("a", &mut [0; 100]).unwrap_err().to_string();
+    assert!(message.contains("written to after it was opened: tensor \"a\""), "{message}");
+}
+
+#[test]
+fn parts_and_copies_are_the_whole() {
+    let folder = tempfile::tempdir().unwrap();
+    let length = (9 << 20) + 5; // two pieces of a copy, and a rest
+    let tensors = [named("a", Dtype::U8, &[length]), named("b", Dtype::U8, &[0])];
+    let data: Vec<u8> = (0..length).map(|i| (i % 251) as u8).collect();
+    let mut writer = Writer::create(target(&folder), plan(&tensors)).unwrap();
+    writer.put("a", &data).unwrap();
+    writer.put("b", &[]).unwrap();
+    writer.finish().unwrap();
+    let shard = Shard::open(target(&folder)).unwrap();
+    let mut part = [0; 300];
+    shard.read_part("a", 1000, &mut part).unwrap();
+    assert_eq!(part, data[1000..1300]);
+    for start in [length - 299, u64::MAX] {
+        let message = shard.read_part("a", start, &mut part).unwrap_err().to_string();
+        assert!(message.contains("part of tensor \"a\""), "{message}");
+    }
+    let copy = folder.path().join("copy.safetensors");
+    let mut writer = Writer::create(&copy, plan(&tensors)).unwrap();
+    assert!(matches!(writer.copy("c", &shard), Err(Error::MissingTensor { .. })));
+    writer.copy("a", &shard).unwrap();
+    assert!(writer.copy("a", &shard).unwrap_err().to_string().contains("put twice"));
+    writer.copy("b", &shard).unwrap();
+    writer.finish().unwrap();
+    assert_eq!(fs::read(copy).unwrap(), fs::read(target(&folder)).unwrap());
 }
 
 #[test]
