@@ -25,6 +25,7 @@ from rsprune.methods.base import Inputs
 from rsprune.output import finished_bytes, free_bytes
 from rsprune.skeleton import Skeleton
 from rsprune.stream import Opening, Stream
+from rsprune.unused import unused_options
 
 GRAM_BYTES = 4
 """Sums are kept in float32, symmetric ones up to their diagonal."""
@@ -122,7 +123,7 @@ def prepare(folder: Path, config: Config, out: Path | None) -> Prepared:
         memory_limit=limit,
         spill=spill,
         passes=_passes(inputs, config),
-        warnings=_warnings(skeleton, operators, config),
+        warnings=[*_warnings(skeleton, operators, config), *unused_options(config, inputs)],
     )
     scratch = 2 * _pruned_bytes(skeleton, operators, experts=True)
     _check_disk(plan, out, scratch + sum(memory[name] for name in spill))
