@@ -15,10 +15,34 @@ def rss_anon() -> int:
 
 
 def memory_limit() -> int:
-    """90 % of what this process may still come to use, as the machine and its cgroup allow."""
+    """90 % of what this process may still come to use, as the machine and its cgroups allow."""
     free = psutil.virtual_memory().available + rss_anon()
-    limits = [limit for limit in (_cgroup_v2(), _cgroup_v1()) if limit is not None]
-    return int(0.9 * min([free, *limits]))
+    return int(0.9 * min([free, *cgroup_limits()]))
+
+
+def cgroup_limits(root: Path = Path("/")) -> list[int]:
+    """Memory limits of this process's cgroup and all above it, of version 1 and 2, in bytes.
+
+    In a container its own group is the root of what is mounted; the path that the kernel names may
+    then be absent, and the groups above it that are there count.
+    """
+    try:
+        lines = (root / "proc/self/cgroup").read_text().splitlines()
+    except OSError:
+        return []
+    limits = []
+    for line in lines:
+        _, controllers, path = line.split(":", 2)
+        if controllers == "":
+            mount, name = "sys/fs/cgroup", "memory.max"
+        elif "memory" in controllers.split(","):
+            mount, name = "sys/fs/cgroup/memory", "memory.limit_in_bytes"
+        else:
+            continue
+        group = Path(path.lstrip("/"))
+        found = (_number(root / mount / above / name) for above in (group, *group.parents))
+        limits += [limit for limit in found if limit is not None]
+    return limits
 
 
 def _status(key: str) -> int:
@@ -30,14 +54,6 @@ def _status(key: str) -> int:
         if line.startswith(f"{key}:"):
             return int(line.split()[1]) * 1024
     return 0
-
-
-def _cgroup_v2() -> int | None:
-    return _number(Path("/sys/fs/cgroup/memory.max"))
-
-
-def _cgroup_v1() -> int | None:
-    return _number(Path("/sys/fs/cgroup/memory/memory.limit_in_bytes"))
 
 
 def _number(path: Path) -> int | None:
