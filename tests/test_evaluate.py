@@ -349,3 +349,14 @@ def test_a_foreign_or_broken_file_is_refused(
         journal.write_bytes(lines[0] + broken + lines[1])
         with pytest.raises(RspruneError, match=r"line 2: expected a JSON object, found"):
             go_on(journal)
+
+
+def test_the_device_is_resolved_as_in_a_run(tiny_llama: Path, tmp_path: Path) -> None:
+    text = tmp_path / "text.txt"
+    text.write_text("a text of a few words. " * 40)
+    cpu, auto = (perplexity(tiny_llama, text, seq_len=32, device=d) for d in ("cpu", "auto"))
+    if torch.cuda.is_available():
+        pytest.skip("auto is cuda here")
+    assert auto.losses == cpu.losses
+    with pytest.raises(UsageError, match="option device: cuda was asked for"):
+        perplexity(tiny_llama, text, seq_len=32, device="cuda")

@@ -25,7 +25,7 @@ from rsprune.head import Passage
 from rsprune.memory import PeakWatch
 from rsprune.progress import NullProgress, Progress
 from rsprune.scoring import Scorer
-from rsprune.skeleton import load_tokenizer
+from rsprune.skeleton import load_tokenizer, resolve_device
 from rsprune.sources import resolve
 
 BATCH_TOKENS = 32_768
@@ -97,6 +97,7 @@ def perplexity(
     """
     started = time.perf_counter()
     progress = progress or NullProgress()
+    device = resolve_device(device)
     folder = resolve(str(model), progress=progress.note)
     with PeakWatch() as watch:
         scorer = Scorer.open(

@@ -23,7 +23,7 @@ from rsprune.errors import DoesNotFitError, UsageError
 from rsprune.memory import KEPT_BYTES, memory_limit, rss_anon
 from rsprune.methods.base import Inputs
 from rsprune.output import finished_bytes, free_bytes
-from rsprune.skeleton import Skeleton
+from rsprune.skeleton import Skeleton, resolve_device
 from rsprune.stream import Opening, Stream
 from rsprune.unused import unused_options
 
@@ -102,7 +102,7 @@ def prepare(folder: Path, config: Config, out: Path | None) -> Prepared:
     pattern = parse_pattern(config)
     checkpoint = Checkpoint.open(folder)
     skeleton = Skeleton(
-        checkpoint, device=device(config), trust_remote_code=config.trust_remote_code
+        checkpoint, device=resolve_device(config.device), trust_remote_code=config.trust_remote_code
     )
     stream = Stream(skeleton)
     opening = stream.open(config.seq_len)
@@ -145,16 +145,6 @@ def parse_pattern(config: Config) -> _core.Pattern:
         return _core.Pattern(config.pattern, scope)
     except ValueError as error:
         raise UsageError(str(error)) from None
-
-
-def device(config: Config) -> str:
-    """Where calibration passes run."""
-    available = torch.cuda.is_available()
-    if config.device == "auto":
-        return "cuda" if available else "cpu"
-    if config.device == "cuda" and not available:
-        raise UsageError("option device: cuda was asked for, but torch finds no CUDA device")
-    return config.device
 
 
 def is_ignored(name: str, patterns: tuple[str, ...]) -> bool:

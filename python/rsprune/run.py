@@ -38,7 +38,7 @@ from rsprune.experts import stored_bytes
 from rsprune.layer_run import LayerRun
 from rsprune.memory import PeakWatch, give_freed_pages_back, keep_freed_pages, rss_anon
 from rsprune.output import OutputFolder, check_output, other_files
-from rsprune.plan import Plan, Prepared, device, parse_pattern, prepare
+from rsprune.plan import Plan, Prepared, parse_pattern, prepare
 from rsprune.progress import NullProgress, Progress
 from rsprune.report import REPORT_NAME, Journal, Report, load_report, read_records
 from rsprune.resume import check_fingerprint, fingerprint, finished, replay, rewind
@@ -149,9 +149,8 @@ class _Run:
 
     def take_up(self, output: OutputFolder, *, restart: bool) -> None:
         """Opens the journal: a new one, or that of the unfinished run that lies there."""
-        own = fingerprint(
-            self.prepared.checkpoint, self.windows, self.config, self.threads, device(self.config)
-        )
+        device = str(self.prepared.skeleton.device)
+        own = fingerprint(self.prepared.checkpoint, self.windows, self.config, self.threads, device)
         records: list[dict[str, Any]] = []
         if not restart and (output.folder / REPORT_NAME).exists():
             Journal(output.folder).close()  # cuts a torn line

@@ -251,6 +251,20 @@ class Skeleton:
                     self.pool.give_back(parameter.data)
 
 
+def resolve_device(name: str) -> str:
+    """Where passes run: `auto` is cuda where torch finds one, else cpu.
+
+    Raises:
+        UsageError: cuda was asked for and is not there.
+    """
+    available = torch.cuda.is_available()
+    if name == "auto":
+        return "cuda" if available else "cpu"
+    if name == "cuda" and not available:
+        raise UsageError("option device: cuda was asked for, but torch finds no CUDA device")
+    return name
+
+
 def load_tokenizer(folder: Path, trust_remote_code: bool = False) -> Any:
     """The tokenizer of a checkpoint; raises `UsageError` where it has none."""
     with refusing_panics(f"{folder}: no tokenizer could be loaded"):
