@@ -115,7 +115,7 @@ STAGES = {
     "other files": (OutputFolder, "copy_other_files", 1, "config.json"),
     "the card": (OutputFolder, "write_text", 1, "README.md"),
     "the index": (OutputFolder, "write_index", 1, "index.json"),
-    "hidden states": ("rsprune.windows", "_reserve", 1, "hidden"),
+    "hidden states": ("rsprune.windows", "reserve", 1, "hidden"),
 }
 
 

@@ -17,15 +17,14 @@ from pathlib import Path
 from typing import IO, Any
 
 import torch
-import transformers
 
 from rsprune import _core
-from rsprune.checkpoint import Checkpoint, sha256
 from rsprune.errors import RspruneError, UsageError
-from rsprune.resume import difference
+from rsprune.resume import difference, model_hashes, versions
+from rsprune.skeleton import Skeleton
 
 
-def fingerprint(checkpoint: Checkpoint, device: str, **measured: Any) -> dict[str, Any]:
+def fingerprint(skeleton: Skeleton, **measured: Any) -> dict[str, Any]:
     """What must agree for two evaluations to give the same bits.
 
     Batches and threads are not in it: results do not depend on them.
@@ -33,15 +32,12 @@ def fingerprint(checkpoint: Checkpoint, device: str, **measured: Any) -> dict[st
     Args:
         measured: what is asked of the model, by the part that an error names.
     """
-    files = ["config.json", *checkpoint.files]
     return {
-        "rsprune": _core.__version__,
-        "torch": torch.__version__,
-        "transformers": transformers.__version__,
+        **versions(),
         "instruction set": torch.backends.cpu.get_cpu_capability(),
-        "device": device,
+        "device": str(skeleton.device),
         **measured,
-        "model files": {name: sha256(checkpoint.folder / name) for name in files},
+        "model files": model_hashes(skeleton.checkpoint),
     }
 
 

@@ -17,7 +17,7 @@ from rsprune.evaluate import BATCH_TOKENS
 from rsprune.memory import PeakWatch
 from rsprune.progress import NullProgress, Progress
 from rsprune.scoring import Scorer
-from rsprune.skeleton import load_tokenizer, resolve_device
+from rsprune.skeleton import load_tokenizer
 from rsprune.sources import resolve
 
 
@@ -87,7 +87,6 @@ def evaluate_tasks(
 
     started = time.perf_counter()
     progress = progress or NullProgress()
-    device = resolve_device(device)
     loaded = _load(tasks, include_path, num_fewshot)
     folder = resolve(str(model), progress=progress.note)
     with PeakWatch() as watch:
@@ -100,8 +99,7 @@ def evaluate_tasks(
             progress=progress,
         )
         tokenizer = load_tokenizer(folder, trust_remote_code)
-        checkpoint = scorer.skeleton.checkpoint
-        current = {} if resume is None else fingerprint(checkpoint, device, measure="tasks")
+        current = {} if resume is None else fingerprint(scorer.skeleton, measure="tasks")
         with open_journal(resume, current) as journal:
             lm = StreamedLM(
                 scorer,

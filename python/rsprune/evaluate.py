@@ -25,7 +25,7 @@ from rsprune.head import Passage
 from rsprune.memory import PeakWatch
 from rsprune.progress import NullProgress, Progress
 from rsprune.scoring import Scorer
-from rsprune.skeleton import load_tokenizer, resolve_device
+from rsprune.skeleton import load_tokenizer
 from rsprune.sources import resolve
 
 BATCH_TOKENS = 32_768
@@ -97,7 +97,6 @@ def perplexity(
     """
     started = time.perf_counter()
     progress = progress or NullProgress()
-    device = resolve_device(device)
     folder = resolve(str(model), progress=progress.note)
     with PeakWatch() as watch:
         scorer = Scorer.open(
@@ -117,7 +116,7 @@ def perplexity(
         if resume is not None:
             tokens = hashlib.sha256(ids.numpy().tobytes()).hexdigest()
             parts = {"measure": "perplexity", "seq_len": seq_len, "text tokens": tokens}
-            current = fingerprint(scorer.skeleton.checkpoint, device, **parts)
+            current = fingerprint(scorer.skeleton, **parts)
         with open_journal(resume, current) as journal:
             losses = window_losses(scorer, ids[:windows], journal)
     return _result(losses, seq_len, time.perf_counter() - started, watch.peak)

@@ -23,7 +23,7 @@ from rsprune.errors import DoesNotFitError, UsageError
 from rsprune.memory import KEPT_BYTES, memory_limit, rss_anon
 from rsprune.methods.base import Inputs
 from rsprune.output import finished_bytes, free_bytes
-from rsprune.skeleton import Skeleton, resolve_device
+from rsprune.skeleton import Skeleton
 from rsprune.stream import Opening, Stream
 from rsprune.unused import unused_options
 
@@ -102,7 +102,7 @@ def prepare(folder: Path, config: Config, out: Path | None) -> Prepared:
     pattern = parse_pattern(config)
     checkpoint = Checkpoint.open(folder)
     skeleton = Skeleton(
-        checkpoint, device=resolve_device(config.device), trust_remote_code=config.trust_remote_code
+        checkpoint, device=config.device, trust_remote_code=config.trust_remote_code
     )
     stream = Stream(skeleton)
     opening = stream.open(config.seq_len)

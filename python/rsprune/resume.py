@@ -36,23 +36,32 @@ FREE = ("memory", "threads", "device")
 def fingerprint(
     checkpoint: Checkpoint, windows: Tensor, config: Config, threads: int, device: str
 ) -> dict[str, Any]:
-    """What must agree for two runs to give the same bytes, by the part that an error names.
-
-    Shards are hashed as a whole: a fine-tuned model in the same folder has the same headers.
-    """
-    files = ["config.json", *checkpoint.files]
+    """What must agree for two runs to give the same bytes, by the part that an error names."""
     options = {k: v for k, v in config.model_dump(mode="json").items() if k not in FREE}
     return {
-        "rsprune": _core.__version__,
-        "torch": torch.__version__,
-        "transformers": transformers.__version__,
+        **versions(),
         "instruction set": _core.kernel_name(),
         "threads": threads,
         "device": device,
         "calibration tokens": hashlib.sha256(windows.numpy().tobytes()).hexdigest(),
         "options": options,
-        "model files": {name: sha256(checkpoint.folder / name) for name in files},
+        "model files": model_hashes(checkpoint),
     }
+
+
+def versions() -> dict[str, str]:
+    """Of the software that has a part in the bits."""
+    return {
+        "rsprune": _core.__version__,
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+    }
+
+
+def model_hashes(checkpoint: Checkpoint) -> dict[str, str]:
+    """SHA-256 by file; of whole shards, as a fine-tuned model may have the same headers."""
+    files = ["config.json", *checkpoint.files]
+    return {name: sha256(checkpoint.folder / name) for name in files}
 
 
 def check_fingerprint(out: Path, recorded: Mapping[str, Any], current: Mapping[str, Any]) -> None:

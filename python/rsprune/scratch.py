@@ -6,12 +6,15 @@ is in anonymous memory.
 
 from __future__ import annotations
 
+import os
 import tempfile
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import numpy as np
 from numpy.typing import NDArray
+
+from rsprune.errors import RspruneError
 
 
 class Scratch:
@@ -19,11 +22,15 @@ class Scratch:
 
     Args:
         folder: on whose disk the file lies.
-        nbytes: room for all arrays; what is not written takes no space.
+        nbytes: room for all arrays.
+
+    Raises:
+        RspruneError: the disk has less room.
     """
 
     def __init__(self, folder: Path, nbytes: int) -> None:
         with tempfile.TemporaryFile(dir=folder) as file:
+            reserve(file, nbytes, f"{folder}: pruned experts")
             self._room = np.memmap(file, np.uint8, "w+", shape=(nbytes,))
         self._used = 0
 
@@ -34,3 +41,11 @@ class Scratch:
         kept: NDArray[Any] = np.asarray(place).view(array.dtype).reshape(array.shape)
         kept[...] = array
         return kept
+
+
+def reserve(file: IO[bytes], size: int, what: str) -> None:
+    """Takes the disk blocks now: a mapped file that finds none later is killed by SIGBUS."""
+    try:
+        os.posix_fallocate(file.fileno(), 0, max(size, 1))
+    except OSError as error:
+        raise RspruneError(f"{what} need {size} bytes on disk: {error.strerror}") from None

@@ -42,7 +42,7 @@ class Skeleton:
 
     Args:
         checkpoint: the tensors on disk.
-        device: where materialised parts live.
+        device: where materialised parts live: cpu, cuda, or auto.
         trust_remote_code: whether code in the model's folder may run.
 
     Raises:
@@ -53,7 +53,7 @@ class Skeleton:
         self, checkpoint: Checkpoint, *, device: str = "cpu", trust_remote_code: bool = False
     ) -> None:
         self.checkpoint = checkpoint
-        self.device = torch.device(device)
+        self.device = torch.device(resolve_device(device))
         self.pool = TensorPool(self.device)
         self.config = read_config(checkpoint.folder, trust_remote_code)
         with refusing(f"{checkpoint.folder}: no causal language model"):

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import os
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from rsprune.errors import RspruneError
+from rsprune.scratch import reserve
 
 
 @dataclass(frozen=True)
@@ -36,7 +35,8 @@ class Windows:
         if spill is None:
             flat = torch.empty(size)
         else:
-            _reserve(spill, size * 4)
+            with spill.open("wb") as file:
+                reserve(file, size * 4, f"{spill}: hidden states")
             flat = torch.from_file(str(spill), shared=True, size=size)
         self.channels = channels
         self._data = flat.reshape(count, tokens, channels)
@@ -55,15 +55,3 @@ class Windows:
     def copy_from(self, other: Windows) -> None:
         """Takes over the contents of `other`, which has the same shape."""
         self._data.copy_(other._data)
-
-
-def _reserve(path: Path, size: int) -> None:
-    """Takes the disk blocks now: a mapped file that finds none later is killed by SIGBUS."""
-    try:
-        with path.open("wb") as file:
-            os.posix_fallocate(file.fileno(), 0, max(size, 1))
-    except OSError as error:
-        path.unlink(missing_ok=True)
-        raise RspruneError(
-            f"{path}: hidden states need {size} bytes on disk: {error.strerror}"
-        ) from None
