@@ -122,7 +122,7 @@ class LayerRun:
         started = time.perf_counter()
         method = self._method(operator, statistics)
         with self.job.timing.stage("solve"):
-            weight, certificate = self._solve(method, operator, statistics)
+            weight, certificate, _ = self._solve(method, operator, statistics)
         if certificate["tokens"] == 0:
             certificate["error"] = None  # not zero: nothing was measured
         if (dead := certificate["dead_channels"]) and certificate["tokens"]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from rsprune.config import Config
 from rsprune.errors import UsageError
 from rsprune.methods.admm import Admm
-from rsprune.methods.base import Inputs, Method, Operator, Pruned
+from rsprune.methods.base import Inputs, Method, Operator, Packed, Pruned
 from rsprune.methods.best import Best
 from rsprune.methods.few_tokens import DATA_FREE, too_few
 from rsprune.methods.fista import Fista
@@ -20,6 +20,7 @@ __all__ = [
     "Inputs",
     "Method",
     "Operator",
+    "Packed",
     "Pruned",
     "get",
     "inputs_of",

@@ -35,4 +35,4 @@ class Admm:
     ) -> Pruned:
         """See `Method.solve`."""
         slow = config.rho_schedule == "slow"
-        return _core.admm(operator, damping=config.damping, slow=slow, threads=threads)
+        return Pruned(*_core.admm(operator, damping=config.damping, slow=slow, threads=threads))

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, Literal, Protocol
+from typing import Any, Literal, NamedTuple, Protocol
 
-import numpy as np
 from numpy.typing import NDArray
 
 from rsprune import _core
@@ -45,8 +44,24 @@ class Inputs:
         return self.propagate == "layer" or self.target == "dense"
 
 
-Pruned = tuple[NDArray[np.uint16] | NDArray[np.float32], dict[str, Any]]
-"""The pruned weight as it is stored, and its certificate."""
+class Packed(NamedTuple):
+    """A weight in a packed format that cannot be worked out from its values alone."""
+
+    format: str
+    """As `_core` names it."""
+    parts: dict[str, NDArray[Any]]
+    """Tensors of the format by name; unpacked they are the weight, bit for bit."""
+
+
+class Pruned(NamedTuple):
+    """What a method makes of an operator."""
+
+    weight: NDArray[Any]
+    """As it is stored: float32, or the bits of a half type as uint16."""
+    certificate: dict[str, Any]
+    """What the report says of it."""
+    packed: Packed | None = None
+    """Only of methods with a format of their own."""
 
 
 class Method(Protocol):

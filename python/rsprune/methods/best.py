@@ -31,4 +31,4 @@ class Best:
         self, operator: Operator, config: Config, *, model_type: str, threads: int | None
     ) -> Pruned:
         """See `Method.solve`."""
-        return _core.best(operator, budget=config.budget, threads=threads)
+        return Pruned(*_core.best(operator, budget=config.budget, threads=threads))

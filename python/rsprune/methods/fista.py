@@ -38,13 +38,15 @@ class Fista:
     ) -> Pruned:
         """See `Method.solve`."""
         published = "sparsegpt" if model_type == "opt" else "wanda"
-        return _core.fista(
-            operator,
-            warm_start=published if config.warm_start == "auto" else config.warm_start,
-            iterations=config.iterations,
-            xi=config.xi,
-            patience=config.patience,
-            lambda_start=config.lambda_start or LAMBDA_START,
-            damping=config.damping,
-            threads=threads,
+        return Pruned(
+            *_core.fista(
+                operator,
+                warm_start=published if config.warm_start == "auto" else config.warm_start,
+                iterations=config.iterations,
+                xi=config.xi,
+                patience=config.patience,
+                lambda_start=config.lambda_start or LAMBDA_START,
+                damping=config.damping,
+                threads=threads,
+            )
         )

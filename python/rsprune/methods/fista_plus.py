@@ -37,12 +37,14 @@ class FistaPlus:
         self, operator: Operator, config: Config, *, model_type: str, threads: int | None
     ) -> Pruned:
         """See `Method.solve`."""
-        return _core.fista_plus(
-            operator,
-            iterations=config.iterations,
-            xi=config.xi,
-            patience=config.patience,
-            lambda_start=config.lambda_start or LAMBDA_START,
-            floor=True,
-            threads=threads,
+        return Pruned(
+            *_core.fista_plus(
+                operator,
+                iterations=config.iterations,
+                xi=config.xi,
+                patience=config.patience,
+                lambda_start=config.lambda_start or LAMBDA_START,
+                floor=True,
+                threads=threads,
+            )
         )

@@ -27,4 +27,4 @@ class Magnitude:
         self, operator: Operator, config: Config, *, model_type: str, threads: int | None
     ) -> Pruned:
         """See `Method.solve`."""
-        return _core.magnitude(operator, threads=threads)
+        return Pruned(*_core.magnitude(operator, threads=threads))

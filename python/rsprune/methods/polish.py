@@ -14,9 +14,9 @@ def polish(operator: Operator, pruned: Pruned, config: Config, *, threads: int |
     """
     if not (config.refit or config.search):
         return pruned
-    weight, before = pruned
+    weight, before, _ = pruned
     polished, after = _core.polish(
         operator, weight, refit=config.refit, search=config.search, threads=threads
     )
     own = {key: before[key] for key in ("lambda", "rounds", "iterations", "converged")}
-    return polished, {**before, **after, **own}
+    return Pruned(polished, {**before, **after, **own})

@@ -27,4 +27,4 @@ class SparseGPT:
         self, operator: Operator, config: Config, *, model_type: str, threads: int | None
     ) -> Pruned:
         """See `Method.solve`."""
-        return _core.sparsegpt(operator, damping=config.damping, threads=threads)
+        return Pruned(*_core.sparsegpt(operator, damping=config.damping, threads=threads))

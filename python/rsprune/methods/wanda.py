@@ -27,4 +27,4 @@ class Wanda:
         self, operator: Operator, config: Config, *, model_type: str, threads: int | None
     ) -> Pruned:
         """See `Method.solve`."""
-        return _core.wanda(operator, threads=threads)
+        return Pruned(*_core.wanda(operator, threads=threads))
