@@ -24,7 +24,16 @@ SOURCES = sorted(
 )
 
 FOUNDATIONS = {"errors", "config", "memory", "pool", "timing", "windows", "blocks", "data"}
-FOUNDATIONS |= {"progress", "report", "stored", "experts", "scratch", "guard", "gguf_header"}
+FOUNDATIONS |= {
+    "clip",
+    "progress",
+    "report",
+    "stored",
+    "experts",
+    "scratch",
+    "guard",
+    "gguf_header",
+}
 MIDDLE = {
     "checkpoint",
     "output",

@@ -39,6 +39,9 @@ ALL_INPUTS = [
     for propagate, target, sequential in itertools.product(
         ("layer", "model"), ("dense", "own"), (False, True)
     )
+] + [
+    Inputs("model", "dense", True, correction=0.5, clip_tokens=0.9),
+    Inputs("model", "own", False, clip_tokens=0.9),
 ]
 BASELINE = Inputs("model", "own", False)
 FISTA = Inputs("layer", "dense", True)
@@ -46,7 +49,8 @@ FISTA = Inputs("layer", "dense", True)
 
 def label(inputs: Inputs) -> str:
     order = "sequential" if inputs.true_sequential else "at once"
-    return f"{inputs.propagate}-{inputs.target}-{order}"
+    clipped = "-clipped" if inputs.clip_tokens else ""
+    return f"{inputs.propagate}-{inputs.target}-{order}{clipped}"
 
 
 class Naive:
@@ -192,6 +196,12 @@ class Walk:
     def check_group(self, sums: GroupStatistics, own: torch.Tensor, dense: torch.Tensor) -> None:
         if self.inputs.target == "own":
             dense = own
+        dense = torch.lerp(own, dense, self.inputs.correction)
+        if limit := self.inputs.clip_tokens:
+            norms = own.norm(dim=-1, keepdim=True)
+            factor = (limit * norms.median(dim=1, keepdim=True).values / norms).clamp(max=1)
+            assert (factor < 1).any()
+            own, dense = own * factor, dense * factor
         count = SPLIT.calibration
         assert sums.heldout is not None
         check_sums(sums.calibration, own[:count], dense[:count])

@@ -58,8 +58,10 @@ class Config(BaseModel):
     true_sequential: bool | None = None
     """Whether later operators of a layer see the inputs that pruned earlier ones give."""
 
-    correction: float = Field(default=1.0, ge=0.0, le=1.0)
+    correction: float | None = Field(default=None, ge=0.0, le=1.0)
     """Target dense: how much of an input's drift is made up for; 0 is target own."""
+    clip_tokens: float | None = Field(default=None, ge=0.0)
+    """Tokens above so many median norms count as if they had that norm; 0 takes all as they are."""
 
     refit: bool = False
     """Whether kept weights are solved again after the method, guarded by held-out error."""

@@ -85,12 +85,13 @@ class LayerRun:
             routed = job.routed("own" if job.needs_own else "dense", hidden)
             path = LayerPath(layer, job.structure, job.kwargs, hidden, None, None, routed)
             count = min(PERMUTE_WINDOWS, job.split.calibration)
-            sums = consumer_sums(path, couplings, count, job.threads)
+            clip = job.inputs.clip_tokens
+            sums = consumer_sums(path, couplings, count, job.threads, clip=clip)
             for coupling in couplings:
                 self._reorder(coupling, sums[coupling.consumer])
             for coupling in expert_couplings(job.structure):
                 if coupling.consumer in self.operators:
-                    found_sums = consumer_sums(path, [coupling], count, job.threads)
+                    found_sums = consumer_sums(path, [coupling], count, job.threads, clip=clip)
                     self._reorder_expert(coupling, found_sums[coupling.consumer])
             self.passes += path.passes
             path.close()

@@ -52,6 +52,9 @@ def run_options(
         bool | None, Option(help="Operators see pruned earlier ones.")
     ] = None,
     correction: Annotated[Fraction, Option(help="Target dense: share of drift made up.")] = None,
+    clip_tokens: Annotated[
+        Fraction, Option(help="Massive tokens count at most so many median norms; 0: as they are.")
+    ] = None,
     refit: Annotated[bool | None, Option(help="Solve kept weights again afterwards.")] = None,
     search: Annotated[bool | None, Option(help="Search better masks afterwards.")] = None,
     damping: Annotated[Fraction, Option(help="SparseGPT, ADMM: relative to the diagonal.")] = None,

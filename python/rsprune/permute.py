@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from rsprune import _core
 from rsprune.blocks import LayerStructure, Stage
 from rsprune.checkpoint import as_stored
+from rsprune.clip import clip_tokens
 from rsprune.experts import ExpertLinear
 from rsprune.layer_path import LayerPath, as_rows, run_layer, with_parameters
 from rsprune.scratch import Scratch
@@ -150,7 +151,12 @@ def reorder(
 
 
 def consumer_sums(
-    path: LayerPath, couplings: Sequence[Coupling], windows: int, threads: int
+    path: LayerPath,
+    couplings: Sequence[Coupling],
+    windows: int,
+    threads: int,
+    *,
+    clip: float,
 ) -> dict[str, _core.Statistics]:
     """Sums over the first windows of the inputs of every coupling's consumer."""
     wanted = {coupling.consumer for coupling in couplings}
@@ -158,5 +164,6 @@ def consumer_sums(
     sums = {group.linears[0]: _core.Statistics(group.width) for group in groups}
     for window in range(windows):
         for group, caught in path.inputs(window, Stage(tuple(groups))).items():
-            sums[group.linears[0]].add(as_rows(caught), threads=threads)
+            rows = as_rows(clip_tokens(caught, None, clip)[0])
+            sums[group.linears[0]].add(rows, threads=threads)
     return sums

@@ -308,7 +308,6 @@ class _Run:
             pool=skeleton.pool,
             where=f"layer {index}",
             timing=self.timing,
-            correction=self.config.correction,
             tuned=self.config.tune_block,
             spill_sums=output.scratch if "Grams" in self.plan.spill else None,
         )

@@ -57,4 +57,6 @@ def inputs_of(method: Method, config: Config) -> Inputs:
         true_sequential=(
             default.true_sequential if config.true_sequential is None else config.true_sequential
         ),
+        correction=default.correction if config.correction is None else config.correction,
+        clip_tokens=default.clip_tokens if config.clip_tokens is None else config.clip_tokens,
     )

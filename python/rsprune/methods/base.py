@@ -37,6 +37,8 @@ class Inputs:
     propagate: Literal["layer", "model"]
     target: Literal["dense", "own"]
     true_sequential: bool
+    correction: float = 1.0
+    clip_tokens: float = 0.0
 
     @property
     def needs_dense(self) -> bool:
