@@ -5,6 +5,7 @@
 
 use crate::error::{Error, Result};
 use rayon::prelude::*;
+use std::sync::Mutex;
 use std::sync::atomic::{AtomicBool, Ordering};
 
 /// Worker threads of our own, apart from rayon's global pool (which hangs after `fork`).
@@ -59,6 +60,41 @@ impl<'a> Job<'a> {
                 })
                 .collect()
         })
+    }
+
+    /// The same for work that is short beside the time in which a sleeping worker wakes: this thread
+    /// takes blocks as the others do, and a pool of one worker is left alone.
+    pub fn share_blocks<E: Send>(
+        &self,
+        data: &mut [E],
+        len: usize,
+        f: impl Fn(usize, &mut [E]) -> Result<()> + Sync,
+    ) -> Result<()> {
+        let helpers = (data.len().div_ceil(len.max(1)).min(self.pool.0.current_num_threads())).max(1) - 1;
+        let blocks = Mutex::new(data.chunks_mut(len.max(1)).enumerate());
+        let work = || {
+            loop {
+                let next = blocks.lock().unwrap_or_else(|e| e.into_inner()).next();
+                let Some((i, block)) = next else { return Ok(()) };
+                self.check()?;
+                f(i, block)?;
+            }
+        };
+        if helpers == 0 {
+            return work();
+        }
+        let failed = Mutex::new(Ok(()));
+        self.pool.0.in_place_scope(|scope| {
+            for _ in 0..helpers {
+                scope.spawn(|_| {
+                    if let Err(error) = work() {
+                        *failed.lock().unwrap_or_else(|e| e.into_inner()) = Err(error);
+                    }
+                });
+            }
+            work()
+        })?;
+        failed.into_inner().unwrap_or_else(|e| e.into_inner())
     }
 
     /// The same over parts of `data` of any lengths, part `i` ending at `ends[i]`.
