@@ -42,7 +42,8 @@ fn weight(noise: &mut Noise, kind: &Format, rows: usize, cols: usize) -> Vec<f32
                     let scale = if noise.next() < 0.8 { noise.next().abs() + 0.1 } else { 0.0 };
                     for group in block.chunks_mut(groups.of) {
                         for j in kept(noise, groups) {
-                            group[j] = scale * noise.next().signum();
+                            let is_minus = noise.next() < 0.0 && scale > 0.0;
+                            group[j] = if is_minus { -scale } else { scale };
                         }
                     }
                 }
