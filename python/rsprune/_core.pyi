@@ -9,6 +9,7 @@ from numpy.typing import NDArray
 
 __all__ = [
     "MappedTensor",
+    "PACK_VERSION",
     "Pattern",
     "Shard",
     "ShardWriter",
@@ -24,14 +25,19 @@ __all__ = [
     "group_channels",
     "kernel_name",
     "magnitude",
+    "pack",
+    "pack_format",
+    "pack_layout",
     "plan_shard",
     "polish",
     "sparsegpt",
+    "unpack",
     "wanda",
     "write_file",
 ]
 
 __version__: str
+PACK_VERSION: int
 
 class _Operator(Protocol):
     """What the methods read: see `rsprune.methods.base.Operator`."""
@@ -123,6 +129,20 @@ def group_channels(
     operator: _Operator, *, segment: int, repeats: int, threads: int | None = None
 ) -> NDArray[np.int64]: ...
 
+def pack_format(weight: NDArray[Any], dtype: str, pattern: Pattern) -> str: ...
+def pack_layout(
+    format: str, dtype: str, shape: tuple[int, int]
+) -> list[tuple[str, str, list[int]]]: ...
+def pack(weight: NDArray[Any], dtype: str, format: str) -> dict[str, NDArray[Any]]: ...
+def unpack(
+    parts: dict[str, NDArray[Any]],
+    dtype: str,
+    format: str,
+    shape: tuple[int, int],
+    *,
+    start: int = 0,
+    stop: int | None = None,
+) -> NDArray[Any]: ...
 @final
 class Shard:
     def __new__(cls, path: Path) -> Shard: ...

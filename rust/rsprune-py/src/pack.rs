@@ -127,7 +127,7 @@ fn unpack<'py>(
     let slices = lent.iter().map(|part| contiguous(part.as_slice()));
     let slices = slices.collect::<PyResult<Vec<_>>>()?;
     let height = rows.len();
-    let unpacked = detach(py, || core::unpack_rows(&slices, &dense, &format, rows))?;
+    let unpacked = detach(py, || core::unpack(&slices, &dense, &format, rows))?;
     array_of(py, unpacked, Element::Float(dense.float), &[height, dense.cols])
 }
 

@@ -185,18 +185,45 @@ pub fn pack(weight: &[u8], dense: &Dense, format: &Format) -> Result<Vec<Vec<u8>
     }
 }
 
+/// Some rows of a weight, unpacked. Nothing is allocated before the parts have their lengths.
+///
+/// # Errors
+/// As [`unpack_into`].
+pub fn unpack(
+    parts: &[&[u8]],
+    dense: &Dense,
+    format: &Format,
+    rows: Range<usize>,
+) -> Result<Vec<u8>> {
+    check_parts(parts, dense, format, &rows)?;
+    let mut out = vec![0; rows.len() * dense.row_bytes()];
+    unpack_into(parts, dense, format, rows, &mut out)?;
+    Ok(out)
+}
+
 /// Unpacks some rows of a weight into `out`, which holds just these rows.
 ///
 /// # Errors
 /// The parts are not what [`pack`] makes: a length, a count of bits, a code out of range, a bit
 /// after the last item. Other rows are not looked at.
-pub fn unpack(
+pub fn unpack_into(
     parts: &[&[u8]],
     dense: &Dense,
     format: &Format,
     rows: Range<usize>,
     out: &mut [u8],
 ) -> Result<()> {
+    check_parts(parts, dense, format, &rows)?;
+    length("rows to unpack", out.len(), rows.len() * dense.row_bytes())?;
+    match format {
+        Format::KeepOf(groups) => keep_of::unpack(parts, dense, *groups, rows, out),
+        Format::Bitmap(bitmap) => bitmap.unpack(parts, dense, rows, out),
+        Format::Signs(groups) => signs::unpack(parts, dense, *groups, rows, out),
+    }
+}
+
+/// Refuses parts of other lengths than the layout's, and rows that are not there.
+fn check_parts(parts: &[&[u8]], dense: &Dense, format: &Format, rows: &Range<usize>) -> Result<()> {
     let expected = format.layout(dense)?;
     if parts.len() != expected.len() {
         let names: Vec<_> = expected.iter().map(|part| part.name).collect();
@@ -216,12 +243,7 @@ pub fn unpack(
             found: format!("{}..{}", rows.start, rows.end),
         });
     }
-    length("rows to unpack", out.len(), rows.len() * dense.row_bytes())?;
-    match format {
-        Format::KeepOf(groups) => keep_of::unpack(parts, dense, *groups, rows, out),
-        Format::Bitmap(bitmap) => bitmap.unpack(parts, dense, rows, out),
-        Format::Signs(groups) => signs::unpack(parts, dense, *groups, rows, out),
-    }
+    Ok(())
 }
 
 /// `2:4` with a group length of `lengths`.

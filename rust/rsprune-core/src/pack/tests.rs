@@ -24,9 +24,7 @@ fn packed(weight: &[u8], dense: &Dense, format: &Format) -> Result<Vec<Vec<u8>>>
 
 fn unpacked(parts: &[Vec<u8>], dense: &Dense, format: &Format) -> Result<Vec<u8>> {
     let parts: Vec<&[u8]> = parts.iter().map(Vec::as_slice).collect();
-    let mut out = vec![0xff; dense.nbytes()];
-    unpack(&parts, dense, format, 0..dense.rows, &mut out)?;
-    Ok(out)
+    unpack(&parts, dense, format, 0..dense.rows)
 }
 
 /// Packs, unpacks, compares: all rows at once, and a few.
@@ -37,7 +35,7 @@ fn round_trip(weight: &[u8], dense: &Dense, format: &Format) {
     let parts: Vec<&[u8]> = parts.iter().map(Vec::as_slice).collect();
     let rows = dense.rows / 3..dense.rows - dense.rows / 4;
     let mut some = vec![0xff; rows.len() * dense.row_bytes()];
-    unpack(&parts, dense, format, rows.clone(), &mut some).unwrap();
+    unpack_into(&parts, dense, format, rows.clone(), &mut some).unwrap();
     assert_eq!(some, weight[rows.start * dense.row_bytes()..rows.end * dense.row_bytes()]);
 }
 
@@ -198,7 +196,10 @@ fn broken_parts_are_refused_by_name() {
         signs(|p| p[0][1] = 6)
             .contains("positions: row 1: group 0: expected a code below 6, found 6")
     );
-    assert_eq!(signs(|p| p[1][0] = 4), "signs: row 0: expected zero bits after the last item, found ones");
+    assert_eq!(
+        signs(|p| p[1][0] = 4),
+        "signs: row 0: expected zero bits after the last item, found ones"
+    );
     for scale in [0x7c00u16, 0x7e00, 0x8000, 0xbc00, 0x3c01] {
         // infinity, NaN, -0, -1, and 1 + 2^-10, which bfloat16 does not hold
         let message = refusal("signs 2:4", &[0.0, 1.0, 0.0, -1.0, 2.0, 0.0, 2.0, 0.0], |p| {
