@@ -4,6 +4,7 @@ mod buffers;
 mod enter;
 mod errors;
 mod pack;
+mod packed;
 mod shard;
 mod solve;
 mod statistics;
@@ -18,5 +19,6 @@ fn _core(m: &Bound<'_, PyModule>) -> PyResult<()> {
     statistics::register(m)?;
     solve::register(m)?;
     pack::register(m)?;
+    packed::register(m)?;
     shard::register(m)
 }

@@ -14,12 +14,14 @@ use rsprune_core::pack::{self as core, Dense, Element, Format};
 /// (part, dtype, shape) as Python says it.
 type Planned = (&'static str, &'static str, Vec<usize>);
 
-fn described(dtype: &str, (rows, cols): (usize, usize)) -> PyResult<Dense> {
+/// A weight of this type and shape.
+pub fn described(dtype: &str, (rows, cols): (usize, usize)) -> PyResult<Dense> {
     let float = Float::parse(dtype).map_err(to_py)?;
     Dense::new(float, rows, cols).map_err(to_py)
 }
 
-fn parsed(format: &str, dense: &Dense) -> PyResult<(Format, Vec<core::Part>)> {
+/// A format by its name, and the parts that it gives the weight.
+pub fn parsed(format: &str, dense: &Dense) -> PyResult<(Format, Vec<core::Part>)> {
     let format = Format::parse(format).map_err(to_py)?;
     let layout = format.layout(dense).map_err(to_py)?;
     Ok((format, layout))
@@ -33,6 +35,24 @@ fn bytes_of<'py>(what: &str, array: &Bound<'py, PyAny>) -> PyResult<PyReadonlyAr
         return Err(PyTypeError::new_err(format!("{what}: expected a C-contiguous array")));
     }
     flat()?.extract().map_err(wrong)
+}
+
+/// The bytes of all parts, in the layout's order.
+pub fn lent<'py>(
+    parts: &Bound<'py, PyDict>,
+    layout: &[core::Part],
+) -> PyResult<Vec<PyReadonlyArray1<'py, u8>>> {
+    let lent = layout.iter().map(|part| match parts.get_item(part.name)? {
+        Some(array) => bytes_of(part.name, &array),
+        None => Err(PyValueError::new_err(format!("part {}: missing", part.name))),
+    });
+    let lent = lent.collect::<PyResult<Vec<_>>>()?;
+    if lent.len() != parts.len() {
+        let expected: Vec<_> = layout.iter().map(|part| part.name).collect();
+        let (expected, found) = (expected.join(", "), parts.keys());
+        return Err(PyValueError::new_err(format!("parts: expected {expected}, found {found}")));
+    }
+    Ok(lent)
 }
 
 /// Bytes as an array of `shape` with elements of `size` bytes: bits of half types as uint16.
@@ -114,16 +134,7 @@ fn unpack<'py>(
     let dense = described(dtype, shape)?;
     let (format, layout) = parsed(format, &dense)?;
     let rows = start..stop.unwrap_or(dense.rows);
-    let lent = layout.iter().map(|part| match parts.get_item(part.name)? {
-        Some(array) => bytes_of(part.name, &array),
-        None => Err(PyValueError::new_err(format!("part {}: missing", part.name))),
-    });
-    let lent = lent.collect::<PyResult<Vec<_>>>()?;
-    if lent.len() != parts.len() {
-        let expected: Vec<_> = layout.iter().map(|part| part.name).collect();
-        let (expected, found) = (expected.join(", "), parts.keys());
-        return Err(PyValueError::new_err(format!("parts: expected {expected}, found {found}")));
-    }
+    let lent = lent(parts, &layout)?;
     let slices = lent.iter().map(|part| contiguous(part.as_slice()));
     let slices = slices.collect::<PyResult<Vec<_>>>()?;
     let height = rows.len();

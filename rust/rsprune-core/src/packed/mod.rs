@@ -243,6 +243,13 @@ impl Linear {
     }
 }
 
+/// `||y - exact|| / ||exact||`; 0 where both are zero.
+pub fn relative_error(y: &[f32], exact: &[f32]) -> f64 {
+    let norm = |terms: &mut dyn Iterator<Item = f64>| terms.map(|v| v * v).sum::<f64>().sqrt();
+    let error = norm(&mut y.iter().zip(exact).map(|(a, b)| f64::from(*a) - f64::from(*b)));
+    if error == 0.0 { 0.0 } else { error / norm(&mut exact.iter().map(|v| f64::from(*v))) }
+}
+
 /// Row starts of a bitmap by counting its bits.
 fn row_starts(mask: &[u8], dense: &Dense, values: usize) -> Result<Vec<usize>> {
     let mut starts = vec![0; dense.rows + 1];

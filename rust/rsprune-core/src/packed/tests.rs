@@ -105,8 +105,7 @@ impl Packed {
         };
         let parts = pack(&bytes, &dense, &format).unwrap();
         let borrowed: Vec<&[u8]> = parts.iter().map(Vec::as_slice).collect();
-        let mut unpacked = vec![0; bytes.len()];
-        unpack(&borrowed, &dense, &format, 0..rows, &mut unpacked).unwrap();
+        let unpacked = unpack(&borrowed, &dense, &format, 0..rows).unwrap();
         Packed { format, dense, weight: from_bytes(float, &unpacked), parts }
     }
 
