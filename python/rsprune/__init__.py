@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from rsprune.export import export_dense
     from rsprune.hf import load
     from rsprune.inspect import inspect
+    from rsprune.packed_linear import int8_errors, set_compute
     from rsprune.plan import make_plan
     from rsprune.report import Report, load_report
     from rsprune.run import compress
@@ -41,10 +42,12 @@ __all__ = [
     "evaluate_tasks",
     "export_dense",
     "inspect",
+    "int8_errors",
     "load",
     "load_report",
     "make_plan",
     "perplexity",
+    "set_compute",
     "verify",
 ]
 
@@ -58,10 +61,12 @@ _HOMES = {
     "evaluate_tasks": "eval_tasks",
     "export_dense": "export",
     "inspect": "inspect",
+    "int8_errors": "packed_linear",
     "load": "hf",
     "load_report": "report",
     "make_plan": "plan",
     "perplexity": "evaluate",
+    "set_compute": "packed_linear",
     "verify": "verify",
 }
 

@@ -10,6 +10,7 @@ from numpy.typing import NDArray
 __all__ = [
     "MappedTensor",
     "PACK_VERSION",
+    "PackedMatrix",
     "Pattern",
     "Shard",
     "ShardWriter",
@@ -57,6 +58,16 @@ _Pruned = tuple[NDArray[Any], dict[str, Any]]
 
 def default_threads() -> int: ...
 def kernel_name() -> str: ...
+
+@final
+class PackedMatrix:
+    def __new__(
+        cls, parts: dict[str, NDArray[Any]], dtype: str, format: str, shape: tuple[int, int]
+    ) -> PackedMatrix: ...
+    def linear(
+        self, x: NDArray[np.float32], *, mode: str = "float32", threads: int | None = None
+    ) -> NDArray[np.float32]: ...
+    def int8_error(self, x: NDArray[np.float32], *, threads: int | None = None) -> float: ...
 
 @final
 class Pattern:

@@ -1,7 +1,7 @@
 """Packed linears: what a folder says of them, in the `quantization_config` of its config.json.
 
     "quantization_config": {
-        "quant_method": "rsprune", "version": 1, "compute": "exact",
+        "quant_method": "rsprune", "version": 1, "compute": "float32",
         "linears": {"<linear>": "<format>", ...},
         "dense": {"<linear>": ["<dtype>", [rows, columns]], ...}
     }
@@ -29,7 +29,7 @@ from rsprune.errors import RspruneError, UsageError
 METHOD = "rsprune"
 """`quant_method` of our folders."""
 
-COMPUTE_MODES = ("exact",)
+COMPUTE_MODES = ("float32", "exact", "int8")
 """How a loaded model multiplies; the first is what a new folder says."""
 
 
