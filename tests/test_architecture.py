@@ -175,6 +175,8 @@ LOWER = {
     "pattern": {"error"},
     "linalg": {"disk", "error", "float", "kernels", "par"},
     "shard": {"disk", "error", "float"},
+    "pack": {"error", "float", "pattern"},
+    "packed": {"error", "float", "kernels", "linalg", "pack", "par"},
     "solve": {"error", "float", "kernels", "par", "pattern", "linalg"},
 }
 """Module of the core -> what it may use."""

@@ -30,7 +30,7 @@ def dense_weight(form: str, dtype: str, shape: tuple[int, int], seed: int) -> Te
     rows, cols = shape
     weight = rng.standard_normal(shape)
     if form == "bitmap":
-        weight *= rng.random(shape) < rng.random((rows, 1))
+        weight = np.where(rng.random(shape) < rng.random((rows, 1)), weight, 0.0)
         return torch.from_numpy(weight).to(TORCH[dtype])
     keep, of = map(int, form.split()[1].split(":"))
     mask = rng.random((rows, cols // of, of)).argsort(-1) < keep
@@ -163,9 +163,7 @@ def test_set_compute_reaches_all_linears_or_none():
     with pytest.raises(UsageError, match=r"compute int8: expected signs, found keep-of 2:4"):
         set_compute(model, "int8")
     assert [linear.compute for linear in model] == ["exact", "exact"]
-    with pytest.raises(
-        UsageError, match="compute: expected one of float32, exact, int8, found 'f'"
-    ):
+    with pytest.raises(UsageError, match="expected one of float32, exact, int8, found 'f'"):
         set_compute(model, "f")
     with pytest.raises(UsageError, match="expected a model with packed linears"):
         set_compute(nn.Linear(2, 2), "exact")
@@ -190,7 +188,7 @@ def test_what_does_not_fit_is_refused_by_name():
         linear(torch.randn(1, 12))
     with pytest.raises(ValueError, match="mode int8: only for weights that are packed as signs"):
         linear.matrix().linear(np.zeros((1, 16), np.float32), mode="int8")
-    with pytest.raises(ValueError, match="mode 'f16'|mode \"f16\": expected float32 or int8"):
+    with pytest.raises(ValueError, match='mode "f16": expected float32 or int8'):
         linear.matrix().linear(np.zeros((1, 16), np.float32), mode="f16")
     with pytest.raises(ValueError, match="x: expected C-contiguous memory"):
         linear.matrix().linear(np.zeros((16, 2), np.float32).T)

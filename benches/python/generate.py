@@ -5,10 +5,10 @@
         --packed "2:4=--method magnitude --pattern 2:4" \
         --packed "1 bit=--method pbs2p-exact --bits 1 --calibration c4.jsonl --samples 8"
 
-Packed folders are made by `rsprune compress ... --format packed` where they are not there yet. Every
-measurement is a process of its own: it loads the model in bfloat16, generates greedily from a prompt
-and prints its tokens a second (after a first run that is not timed) and its resident memory, which
-beside the model holds Python, torch and transformers (row "nothing"). Rounds are interleaved.
+Packed folders are made by `rsprune compress ... --format packed` where they are not there yet.
+Every measurement is a process of its own: it loads the model in bfloat16, generates greedily from a
+prompt and prints its tokens a second (after a first run that is not timed) and its resident memory,
+which beside the model holds Python, torch and transformers (row "nothing"). Rounds are interleaved.
 """
 
 from __future__ import annotations
@@ -94,7 +94,8 @@ def main() -> None:
     parser.add_argument("--mode", default="", help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.child is not None:
-        return print(json.dumps(measure(args.child, args.mode, args.threads, args.tokens)))
+        print(json.dumps(measure(args.child, args.mode, args.threads, args.tokens)))
+        return
     sides: list[tuple[str, Path | str, str]] = [("nothing", "", ""), ("dense", args.model, "")]
     for text in args.packed or PACKED:
         name, _, options = text.partition("=")

@@ -1,7 +1,7 @@
 """Packed linears against torch's dense ones, on equal threads.
 
     python benches/python/packed_linear.py                          # everything
-    python benches/python/packed_linear.py --sizes 4096 --tokens 1 --threads 1 --formats "keep-of 2:4"
+    python benches/python/packed_linear.py --sizes 4096 --tokens 1 --formats "keep-of 2:4"
 
 Prints Markdown. Every cell is `min / median / max` of torch's bfloat16 time over ours (or over
 torch's float32 time), formed inside of a round; rounds are interleaved in one process. Inputs and
@@ -26,6 +26,7 @@ from rsprune.packed_linear import PackedLinear
 from rsprune.packing import PackedWeight
 
 FORMATS = ("keep-of 2:4", "bitmap", "signs 2:8", "signs 3:8", "signs 3:4", "signs 4:8", "signs 8:8")
+STORED = {"F16": torch.float16, "BF16": torch.bfloat16}
 SCALE_COLUMNS = 256
 PAUSE = 0.05  # seconds before a timing: idle threads of OpenMP spin for a while
 TOLERANCE = {"torch bf16": 2e-2, "torch f32": 1e-2, "float32": 1e-2, "int8": 3e-2}
@@ -39,7 +40,7 @@ def weight_of(form: str, size: int) -> Tensor:
     generator = torch.Generator().manual_seed(size)
     weight = torch.randn(size, size, generator=generator)
     if form == "bitmap":
-        return weight.mul_(torch.rand(size, size, generator=generator) < 0.5).bfloat16()
+        return weight.where(torch.rand(size, size, generator=generator) < 0.5, 0.0).bfloat16()
     keep, of = map(int, form.split()[1].split(":"))
     places = torch.rand(size, size // of, of, generator=generator).argsort(-1)
     mask = (places < keep).reshape(size, size)
@@ -47,7 +48,7 @@ def weight_of(form: str, size: int) -> Tensor:
         scales = 0.5 + torch.rand(size, size // SCALE_COLUMNS, generator=generator)
         scales = scales.bfloat16().float().repeat_interleave(SCALE_COLUMNS, 1)
         weight = torch.where(weight < 0, -scales, scales)
-    return weight.mul_(mask).bfloat16()
+    return weight.where(mask, 0.0).bfloat16()
 
 
 def packed_linear(form: str, weight: Tensor) -> PackedLinear:
@@ -59,9 +60,7 @@ def packed_linear(form: str, weight: Tensor) -> PackedLinear:
     linear = PackedLinear(packed, None, "float32")
     for part, dtype, _ in packed.layout:
         values = torch.from_numpy(packed.pack(bits)[part])
-        stored = (
-            values if dtype == "U8" else values.view({"F16": torch.half}.get(dtype, torch.bfloat16))
-        )
+        stored = values if dtype == "U8" else values.view(STORED[dtype])
         setattr(linear, part, nn.Parameter(stored, requires_grad=False))
     return linear.eval()
 
@@ -105,10 +104,8 @@ def seconds(call: Call, sample: float) -> float:
 def cells(calls: dict[str, Call], rounds: int, sample: float) -> dict[str, str]:
     """Speed-ups over torch bf16, and that one's own milliseconds."""
     times = [{name: seconds(call, sample) for name, call in calls.items()} for _ in range(rounds)]
-    base = [each["torch bf16"] for each in times]
-    found = {
-        "torch bf16": f"{min(base) * 1e3:.2f} / {median(base) * 1e3:.2f} / {max(base) * 1e3:.2f}"
-    }
+    base = [1e3 * each["torch bf16"] for each in times]
+    found = {"torch bf16": f"{min(base):.2f} / {median(base):.2f} / {max(base):.2f}"}
     for name in list(calls)[1:]:
         ratios = [each["torch bf16"] / each[name] for each in times]
         found[name] = f"{min(ratios):.2f} / {median(ratios):.2f} / {max(ratios):.2f}"
@@ -132,13 +129,9 @@ def main() -> None:
         for threads in args.threads:
             torch.set_num_threads(threads)
             row = cells(calls, args.rounds, args.sample)
-            values = [row.get(name, "") for name in ("torch bf16", "torch f32", "float32", "int8")]
-            print(
-                "|",
-                " | ".join([form, str(size), str(tokens), str(threads), *values]),
-                "|",
-                flush=True,
-            )
+            values = [row.get(name, "") for name in TOLERANCE]
+            shown = " | ".join([form, str(size), str(tokens), str(threads), *values])
+            print(f"| {shown} |", flush=True)
 
 
 if __name__ == "__main__":

@@ -10,7 +10,7 @@ types whatever the model is cast to: they are bits, and a scale that is rounded 
     float32   our kernels on the packed bytes, activations and sums in float32; where a format has
               no kernel, as in `exact`
     exact     unpacks the weight and multiplies as torch does: the same bits as the dense checkpoint
-    int8      signs only: activations rounded to 8 bits, each token by its largest; see `int8_errors`
+    int8      signs only: activations in 8 bits, each token by its largest; see `int8_errors`
 """
 
 from __future__ import annotations

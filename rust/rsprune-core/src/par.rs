@@ -70,7 +70,8 @@ impl<'a> Job<'a> {
         len: usize,
         f: impl Fn(usize, &mut [E]) -> Result<()> + Sync,
     ) -> Result<()> {
-        let helpers = (data.len().div_ceil(len.max(1)).min(self.pool.0.current_num_threads())).max(1) - 1;
+        let helpers =
+            (data.len().div_ceil(len.max(1)).min(self.pool.0.current_num_threads())).max(1) - 1;
         let blocks = Mutex::new(data.chunks_mut(len.max(1)).enumerate());
         let work = || {
             loop {

@@ -285,9 +285,8 @@ fn dot_signs_int8<const T: usize>(row: Signs, x: &Group<i8>) -> [f32; T] {
                 let weights = _mm256_or_si256(kept, bytes((minus >> (32 * h)) as u32));
                 for t in 0..T {
                     // SAFETY: `64 * i + 64 <= width`, the length of a row.
-                    let x = unsafe {
-                        _mm256_loadu_si256(rows[t].as_ptr().add(64 * i + 32 * h).cast())
-                    };
+                    let x =
+                        unsafe { _mm256_loadu_si256(rows[t].as_ptr().add(64 * i + 32 * h).cast()) };
                     let pairs = _mm256_maddubs_epi16(one, _mm256_sign_epi8(x, weights));
                     sums[t] = _mm256_add_epi32(sums[t], _mm256_madd_epi16(pairs, ones));
                 }

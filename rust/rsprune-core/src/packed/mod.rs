@@ -56,8 +56,12 @@ trait Simd: Copy + Sync {
     fn order(self, float: Float) -> Order;
 
     /// `sum_j w_j x_tj`; `None` where the mask has more bits than there are values.
-    fn dot_values<const T: usize>(self, float: Float, row: Values, x: &Group<f32>)
-    -> Option<[f32; T]>;
+    fn dot_values<const T: usize>(
+        self,
+        float: Float,
+        row: Values,
+        x: &Group<f32>,
+    ) -> Option<[f32; T]>;
 
     /// Overwrites `out` with the weights of its columns; how many values that took.
     fn expand_values(self, float: Float, row: Values, out: &mut [f32]) -> Option<usize>;
@@ -221,7 +225,8 @@ impl Linear {
     fn signs<'a>(&self, parts: &[&'a [u8]], row: usize, mask: Option<&'a [u8]>) -> Signs<'a> {
         let Kind::Signs { step, .. } = self.kind else { unreachable!("asked for by kind") };
         let [.., signs, scales] = *parts else { unreachable!("checked beside the layout") };
-        let (signs_width, scales_width) = (signs.len() / self.dense.rows, scales.len() / self.dense.rows);
+        let (signs_width, scales_width) =
+            (signs.len() / self.dense.rows, scales.len() / self.dense.rows);
         Signs {
             mask,
             signs: &signs[row * signs_width..],

@@ -1,8 +1,8 @@
 //! The obvious loops: the oracle of the other paths, and what runs on any CPU.
 
+use super::Simd;
 use super::input::{Group, Order};
 use super::row::{BLOCK, Signs, Values};
-use super::Simd;
 use crate::float::Float;
 
 /// Any CPU.
@@ -87,10 +87,13 @@ fn kept(float: Float, row: Values, mut take: impl FnMut(usize, f32)) -> Option<u
         for j in (0..8).filter(|j| mask >> j & 1 == 1) {
             let value = values.next()?;
             used += 1;
-            take(8 * i + j, match float {
-                Float::F32 => f32::from_le_bytes(value.try_into().expect("four bytes")),
-                _ => float.from_bits(u16::from_le_bytes([value[0], value[1]])),
-            });
+            take(
+                8 * i + j,
+                match float {
+                    Float::F32 => f32::from_le_bytes(value.try_into().expect("four bytes")),
+                    _ => float.from_bits(u16::from_le_bytes([value[0], value[1]])),
+                },
+            );
         }
     }
     Some(used)

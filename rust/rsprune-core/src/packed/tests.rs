@@ -243,7 +243,8 @@ fn threads_change_no_bit() {
 #[test]
 fn tokens_in_pieces_change_no_bit_of_a_long_call() {
     let mut noise = Noise(8);
-    let packed = Packed::new(&mut noise, Format::KeepOf(Groups { keep: 1, of: 4 }), Float::F32, (3, 8));
+    let packed =
+        Packed::new(&mut noise, Format::KeepOf(Groups { keep: 1, of: 4 }), Float::F32, (3, 8));
     let tokens = many::TOKENS + 40;
     let x = noise.vec(tokens * 8);
     let pool = Pool::new(1).unwrap();
@@ -261,7 +262,8 @@ fn a_mask_that_was_changed_is_an_error_and_not_a_read_beyond_the_end() {
         let pool = Pool::new(1).unwrap();
         let cancel = AtomicBool::new(false);
         for kernel in Kernel::available() {
-            let linear = Linear::new(kernel, &packed.format, packed.dense, &packed.parts()).unwrap();
+            let linear =
+                Linear::new(kernel, &packed.format, packed.dense, &packed.parts()).unwrap();
             let before = packed.parts[1].clone();
             packed.parts[1].fill(0xff);
             for tokens in [1, 33] {
@@ -289,7 +291,10 @@ fn what_does_not_fit_is_refused_by_name() {
     let job = Job::new(&pool, &cancel);
     let mut y = vec![0.0; 300];
     let result = of_signs.apply(&job, &samples[2].parts(), &short, Mode::Float32, &mut y);
-    assert_eq!(result.unwrap_err().to_string(), "x: expected 1 rows of 520 values, found 519 values");
+    assert_eq!(
+        result.unwrap_err().to_string(),
+        "x: expected 1 rows of 520 values, found 519 values"
+    );
     let found = message(samples[0].apply(&kernel, &pool, &vec![0.0; 520], Mode::Int8));
     assert_eq!(found, "mode int8: only for weights that are packed as signs");
     let result = of_signs.apply(&job, &samples[3].parts(), &vec![0.0; 520], Mode::Int8, &mut y);
@@ -304,7 +309,8 @@ fn what_does_not_fit_is_refused_by_name() {
 #[test]
 fn a_token_that_is_not_finite_does_not_come_out_as_a_number() {
     let mut noise = Noise(4);
-    let packed = Packed::new(&mut noise, Format::Signs(Groups { keep: 8, of: 8 }), Float::Bf16, (5, 64));
+    let packed =
+        Packed::new(&mut noise, Format::Signs(Groups { keep: 8, of: 8 }), Float::Bf16, (5, 64));
     let mut x = noise.vec(3 * 64);
     x[70] = f32::INFINITY;
     let pool = Pool::new(1).unwrap();
