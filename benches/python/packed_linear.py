@@ -33,6 +33,7 @@ TOLERANCE = {"torch bf16": 2e-2, "torch f32": 1e-2, "float32": 1e-2, "int8": 3e-
 """Relative to the norm of the product; outputs in bfloat16 alone cost 2e-3."""
 
 Call = Callable[[], Tensor]
+Clock = Callable[[], float]
 
 
 def weight_of(form: str, size: int) -> Tensor:
@@ -90,20 +91,22 @@ def contenders(form: str, size: int, tokens: int) -> dict[str, Call]:
     return calls
 
 
-def seconds(call: Call, sample: float) -> float:
+def seconds(call: Call, sample: float, clock: Clock) -> float:
     """Of one call, repeated for `sample` seconds."""
     time.sleep(PAUSE)
     call()
-    count, start = 0, time.perf_counter()
-    while (spent := time.perf_counter() - start) < sample or count == 0:
+    count, start = 0, clock()
+    while (spent := clock() - start) < sample or count == 0:
         call()
         count += 1
     return spent / count
 
 
-def cells(calls: dict[str, Call], rounds: int, sample: float) -> dict[str, str]:
+def cells(calls: dict[str, Call], rounds: int, sample: float, clock: Clock) -> dict[str, str]:
     """Speed-ups over torch bf16, and that one's own milliseconds."""
-    times = [{name: seconds(call, sample) for name, call in calls.items()} for _ in range(rounds)]
+    times = [
+        {name: seconds(call, sample, clock) for name, call in calls.items()} for _ in range(rounds)
+    ]
     base = [1e3 * each["torch bf16"] for each in times]
     found = {"torch bf16": f"{min(base):.2f} / {median(base):.2f} / {max(base):.2f}"}
     for name in list(calls)[1:]:
@@ -120,7 +123,11 @@ def main() -> None:
     parser.add_argument("--formats", nargs="+", choices=FORMATS, default=FORMATS)
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--sample", type=float, default=0.3, help="seconds of a timing")
+    parser.add_argument("--cpu-time", action="store_true", help="for a busy machine; one thread")
     args = parser.parse_args()
+    if args.cpu_time and args.threads != [1]:
+        parser.error("--cpu-time: expected --threads 1, as threads that wait spend it too")
+    clock = time.process_time if args.cpu_time else time.perf_counter
     print(f"torch {torch.__version__}, rsprune {_core.__version__}, kernel {_core.kernel_name()}\n")
     print("| format | size | tokens | threads | torch bf16, ms | torch f32 | float32 | int8 |")
     print("|---|---|---|---|---|---|---|---|")
@@ -128,7 +135,7 @@ def main() -> None:
         calls = contenders(form, size, tokens)
         for threads in args.threads:
             torch.set_num_threads(threads)
-            row = cells(calls, args.rounds, args.sample)
+            row = cells(calls, args.rounds, args.sample, clock)
             values = [row.get(name, "") for name in TOLERANCE]
             shown = " | ".join([form, str(size), str(tokens), str(threads), *values])
             print(f"| {shown} |", flush=True)

@@ -5,8 +5,14 @@ use super::{Features, Kernel};
 const MR: usize = 4;
 const NR: usize = 8;
 
-pub(super) const KERNEL: Kernel =
-    Kernel { name: "scalar", mr: MR, nr: NR, tile, panel: panel::<MR>, features: Features::Baseline };
+pub(super) const KERNEL: Kernel = Kernel {
+    name: "scalar",
+    mr: MR,
+    nr: NR,
+    tile,
+    panel: panel::<MR>,
+    features: Features::Baseline,
+};
 
 /// Element by element; serves every kernel that has no better way.
 #[allow(unsafe_code)] // the signature of PanelFn

@@ -73,7 +73,7 @@ impl Simd for Avx2 {
         float: Float,
         row: Values,
         x: &Group<f32>,
-    ) -> Option<[f32; T]> {
+    ) -> Option<(usize, [f32; T])> {
         // SAFETY: `self` is proof of the features.
         unsafe {
             match float {
@@ -163,18 +163,21 @@ fn walk<const KIND: u8>(row: Values, mut take: impl FnMut(usize, __m256)) -> Opt
 }
 
 #[target_feature(enable = "avx2,fma,f16c,popcnt")]
-fn dot_values<const KIND: u8, const T: usize>(row: Values, x: &Group<f32>) -> Option<[f32; T]> {
+fn dot_values<const KIND: u8, const T: usize>(
+    row: Values,
+    x: &Group<f32>,
+) -> Option<(usize, [f32; T])> {
     let rows = x.rows::<T>();
     assert!(8 * row.mask.len() <= x.width);
     let mut sums = [_mm256_setzero_ps(); T];
-    walk::<KIND>(row, |column, weights| {
+    let used = walk::<KIND>(row, |column, weights| {
         for t in 0..T {
             // SAFETY: `column + 8 <= width`, by the assertion above.
             let x = unsafe { _mm256_loadu_ps(rows[t].as_ptr().add(column)) };
             sums[t] = _mm256_fmadd_ps(weights, x, sums[t]);
         }
     })?;
-    Some(sums.map(|sum| total(sum)))
+    Some((used, sums.map(|sum| total(sum))))
 }
 
 #[target_feature(enable = "avx2,f16c,popcnt")]

@@ -45,7 +45,7 @@ impl Simd for Avx512 {
         float: Float,
         row: Values,
         x: &Group<f32>,
-    ) -> Option<[f32; T]> {
+    ) -> Option<(usize, [f32; T])> {
         // SAFETY: `self` is proof of the features.
         unsafe {
             match float {
@@ -152,11 +152,14 @@ fn word32(bytes: &[u8], at: usize) -> u32 {
 }
 
 #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512vbmi2,bmi2,popcnt")]
-fn dot_values<const KIND: u8, const T: usize>(row: Values, x: &Group<f32>) -> Option<[f32; T]> {
+fn dot_values<const KIND: u8, const T: usize>(
+    row: Values,
+    x: &Group<f32>,
+) -> Option<(usize, [f32; T])> {
     let rows = x.rows::<T>();
     assert!((8 * row.mask.len()).next_multiple_of(32) <= x.width);
     let mut sums = [[_mm512_setzero_ps(); 2]; T];
-    walk::<KIND>(row, |column, low, high| {
+    let used = walk::<KIND>(row, |column, low, high| {
         for t in 0..T {
             // SAFETY: `column + 32 <= width`, by the assertion above.
             let (x0, x1) = unsafe {
@@ -167,7 +170,7 @@ fn dot_values<const KIND: u8, const T: usize>(row: Values, x: &Group<f32>) -> Op
             sums[t][1] = _mm512_fmadd_ps(high, x1, sums[t][1]);
         }
     })?;
-    Some(sums.map(|[a, b]| _mm512_reduce_add_ps(_mm512_add_ps(a, b))))
+    Some((used, sums.map(|[a, b]| _mm512_reduce_add_ps(_mm512_add_ps(a, b)))))
 }
 
 #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512vbmi2,bmi2,popcnt")]

@@ -1,13 +1,20 @@
 //! Few tokens: every row is walked once for up to four of them, and decoded in registers.
+//!
+//! The walk goes by columns of which the activations stay in L1 (32 KiB: 2,048 columns of four
+//! tokens), all rows of a worker's share before the next columns. Read from L2, the activations of
+//! four tokens cost more than the weight.
 
 use super::input::{GROUP, Group, Order, padded};
-use super::row::Signs;
+use super::row::{BLOCK, Signs};
 use super::{Kind, Linear, Mode, Simd, too_few_values};
 use crate::error::Result;
 use crate::par::Job;
 
 /// Rows that a worker takes at once: their masks stay in L1.
 const ROWS: usize = 16;
+
+/// Activations of a group that are met by all rows before the next.
+const NEAR: usize = 8192;
 
 /// The products of one row with a group; those beyond the group's tokens are 0.
 type Dots = [f32; GROUP];
@@ -46,35 +53,41 @@ pub(super) fn apply<S: Simd>(
     let groups = x.chunks(GROUP * cols);
     let per_block = ROWS * tokens;
     if let Kind::Values { starts } = &linear.kind {
-        let order = simd.order(float);
-        let groups: Vec<_> = groups.map(|x| Group::exact(x, cols, order)).collect();
+        let groups: Vec<_> = groups.map(|x| pieces(x, cols, simd.order(float))).collect();
         return job.share_blocks(out, per_block, |block, out| {
-            each(&groups, out, tokens, |r, x| {
+            let mut used = [0; ROWS];
+            each(&groups, out, tokens, |r, start, x| {
                 let row = block * ROWS + r;
-                let weights = linear.values(starts, parts, row);
-                let dots = for_tokens!(x.tokens, T => {
-                    simd.dot_values::<T>(float, weights, x).map(filled)
+                used[r] = if start == 0 { 0 } else { used[r] };
+                let weights =
+                    linear.values(starts, parts, row).from(start, x.width, used[r], float);
+                let found = for_tokens!(x.tokens, T => {
+                    simd.dot_values::<T>(float, weights, x).map(|(n, dots)| (n, filled(dots)))
                 });
-                dots.ok_or_else(|| too_few_values(row))
+                let (more, dots) = found.ok_or_else(|| too_few_values(row))?;
+                used[r] += more;
+                Ok(dots)
             })
         });
     }
     match mode {
         Mode::Float32 => {
-            let groups: Vec<_> = groups.map(|x| Group::exact(x, cols, Order::Natural)).collect();
+            let groups: Vec<_> = groups.map(|x| pieces(x, cols, Order::Natural)).collect();
             job.share_blocks(out, per_block, |block, out| {
                 let rows = SignRows::new(linear, simd, parts, block * ROWS, out.len() / tokens);
-                each(&groups, out, tokens, |r, x| {
-                    Ok(for_tokens!(x.tokens, T => filled(simd.dot_signs::<T>(rows.get(r), x))))
+                each(&groups, out, tokens, |r, start, x| {
+                    let row = rows.get(r).from(start / BLOCK, x.width);
+                    Ok(for_tokens!(x.tokens, T => filled(simd.dot_signs::<T>(row, x))))
                 })
             })
         }
         Mode::Int8 => {
-            let groups: Vec<_> = groups.map(|x| Group::rounded(x, cols)).collect();
+            let groups: Vec<_> = groups.map(|x| vec![(0, Group::rounded(x, cols))]).collect();
             job.share_blocks(out, per_block, |block, out| {
                 let rows = SignRows::new(linear, simd, parts, block * ROWS, out.len() / tokens);
-                each(&groups, out, tokens, |r, x| {
-                    Ok(for_tokens!(x.tokens, T => filled(simd.dot_signs_int8::<T>(rows.get(r), x))))
+                each(&groups, out, tokens, |r, _, x| {
+                    let row = rows.get(r);
+                    Ok(for_tokens!(x.tokens, T => filled(simd.dot_signs_int8::<T>(row, x))))
                 })
             })
         }
@@ -107,17 +120,29 @@ impl<'a> SignRows<'a> {
     }
 }
 
-/// Fills `out [rows of the block, tokens]`; groups outermost, so that one stays in L1.
+/// A group in pieces that stay in L1, each with its first column.
+fn pieces(x: &[f32], cols: usize, order: Order) -> Vec<(usize, Group<f32>)> {
+    let width = NEAR / (x.len() / cols).next_power_of_two();
+    let starts = (0..cols).step_by(width);
+    let piece = |start| Group::exact(x, cols, start..cols.min(start + width), order);
+    starts.map(|start| (start, piece(start))).collect()
+}
+
+/// Overwrites `out [rows of the block, tokens]` with the sums of `dot(row, first column, piece)`.
 fn each<E>(
-    groups: &[Group<E>],
+    groups: &[Vec<(usize, Group<E>)>],
     out: &mut [f32],
     tokens: usize,
-    dot: impl Fn(usize, &Group<E>) -> Result<Dots>,
+    mut dot: impl FnMut(usize, usize, &Group<E>) -> Result<Dots>,
 ) -> Result<()> {
-    for (g, x) in groups.iter().enumerate() {
-        for (row, out) in out.chunks_mut(tokens).enumerate() {
-            let out = out.chunks_mut(GROUP).nth(g).expect("a group of this many");
-            out.copy_from_slice(&dot(row, x)?[..out.len()]);
+    out.fill(0.0);
+    for (g, pieces) in groups.iter().enumerate() {
+        for (start, x) in pieces {
+            for (row, out) in out.chunks_mut(tokens).enumerate() {
+                let out = &mut out[g * GROUP..tokens.min((g + 1) * GROUP)];
+                let dots = dot(row, *start, x)?;
+                out.iter_mut().zip(dots).for_each(|(sum, dot)| *sum += dot);
+            }
         }
     }
     Ok(())

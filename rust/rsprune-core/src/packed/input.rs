@@ -3,6 +3,7 @@
 //! Zeros behind the last column make every bit harmless that a kernel reads there.
 
 use super::row::BLOCK;
+use std::ops::Range;
 
 /// Tokens that one walk over the weight serves.
 pub(super) const GROUP: usize = 4;
@@ -27,10 +28,15 @@ impl Order {
         if self == Order::Natural {
             return to[..row.len()].copy_from_slice(row);
         }
-        for (from, to) in row.chunks(32).zip(to.chunks_mut(32)) {
-            for (j, value) in from.iter().enumerate() {
-                to[j % 2 * 16 + j / 2] = *value;
+        let (whole, rest) = row.as_chunks::<32>();
+        let (to_whole, to_rest) = to.split_at_mut(32 * whole.len());
+        for (from, to) in whole.iter().zip(to_whole.as_chunks_mut::<32>().0) {
+            for j in 0..16 {
+                (to[j], to[16 + j]) = (from[2 * j], from[2 * j + 1]);
             }
+        }
+        for (j, value) in rest.iter().enumerate() {
+            to_rest[j % 2 * 16 + j / 2] = *value;
         }
     }
 }
@@ -63,14 +69,13 @@ impl<E> Group<E> {
 }
 
 impl Group<f32> {
-    /// Activations as they are.
-    pub fn exact(x: &[f32], cols: usize, order: Order) -> Group<f32> {
-        let (tokens, width) = ((x.len() / cols).next_power_of_two(), padded(cols));
+    /// Some columns of the activations, as they are.
+    pub fn exact(x: &[f32], cols: usize, columns: Range<usize>, order: Order) -> Group<f32> {
+        let (tokens, width) = ((x.len() / cols).next_power_of_two(), padded(columns.len()));
         let mut values = vec![0.0; tokens * width];
         for (row, to) in x.chunks(cols).zip(values.chunks_mut(width)) {
-            order.arrange(row, to);
+            order.arrange(&row[columns.clone()], to);
         }
-        let sum = |block: &[f32]| block.iter().map(|v| f64::from(*v)).sum::<f64>() as f32;
         let sums = values.chunks(width).flat_map(|row| row.chunks(BLOCK).map(sum)).collect();
         Group { values, width, tokens, sums, units: vec![1.0; tokens] }
     }
@@ -84,17 +89,60 @@ impl Group<i8> {
         let (tokens, width) = ((x.len() / cols).next_power_of_two(), padded(cols));
         let (mut values, mut units) = (vec![0; tokens * width], vec![0.0; tokens]);
         for (t, (row, to)) in x.chunks(cols).zip(values.chunks_mut(width)).enumerate() {
-            let is_finite = crate::float::first_non_finite(row).is_none();
-            let largest = row.iter().fold(0.0f32, |most, v| most.max(v.abs()));
-            let unit = if is_finite { largest / 127.0 } else { f32::NAN };
-            let per_unit = if unit > 0.0 { 127.0 / largest } else { 0.0 };
-            for (value, to) in row.iter().zip(to) {
-                *to = (value * per_unit).round_ties_even() as i8;
+            if crate::float::first_non_finite(row).is_some() {
+                units[t] = f32::NAN;
+                continue;
             }
-            units[t] = unit;
+            let largest = f32::from_bits(row.iter().map(|v| v.abs().to_bits()).fold(0, u32::max));
+            // Nothing but zeros, or numbers that no inverse of an f32 lifts to 1, are zeros.
+            let per_unit = Some(127.0 / largest).filter(|v| v.is_finite()).unwrap_or(0.0);
+            for (value, to) in row.iter().zip(to) {
+                *to = nearest(value * per_unit);
+            }
+            units[t] = largest / 127.0;
         }
         let sum = |block: &[i8]| block.iter().map(|v| i32::from(*v)).sum::<i32>() as f32;
         let sums = values.chunks(width).flat_map(|row| row.chunks(BLOCK).map(sum)).collect();
         Group { values, width, tokens, sums, units }
+    }
+}
+
+/// The sum in f64, over eight lanes so that it is not one long chain.
+fn sum(values: &[f32]) -> f32 {
+    let mut lanes = [0.0f64; 8];
+    for eight in values.as_chunks::<8>().0 {
+        for (lane, value) in lanes.iter_mut().zip(eight) {
+            *lane += f64::from(*value);
+        }
+    }
+    lanes.iter().sum::<f64>() as f32
+}
+
+/// The nearest integer of at most 127; ties to even. Beside this number an f32 has no fraction, and
+/// ends in the integer's bits; no instruction of an old CPU does better.
+#[inline(always)]
+fn nearest(value: f32) -> i8 {
+    (value + 12_582_912.0).to_bits() as i8
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_nearest_integer_is_found_from_its_bits() {
+        for i in -127 * 64..=127 * 64 {
+            let value = i as f32 / 64.0;
+            assert_eq!(f32::from(nearest(value)), value.round_ties_even());
+        }
+    }
+
+    #[test]
+    fn the_largest_activation_becomes_127_whatever_its_size() {
+        for largest in [1e-3f32, 3e37, 127.0, 1e-30] {
+            let group = Group::rounded(&[largest, -largest, largest / 2.0, 0.0], 4);
+            assert_eq!(group.values[..4], [127, -127, 64, 0], "{largest}");
+        }
+        assert_eq!(Group::rounded(&[1e-40, 0.0], 2).values[..2], [0, 0]);
     }
 }

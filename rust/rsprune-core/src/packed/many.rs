@@ -1,8 +1,8 @@
 //! Many tokens: a panel of rows is decoded to f32, 256 columns at a time, for the dense product.
 
 use super::input::{Order, padded};
-use super::row::{BLOCK, Values};
-use super::{Kind, Linear, Simd, too_few_values};
+use super::row::BLOCK;
+use super::{Kind, Linear, Simd, too_few_values, transpose};
 use crate::error::Result;
 use crate::linalg::{PackedB, ROW_BLOCK, Scratch, gemm_add};
 use crate::par::Job;
@@ -51,14 +51,12 @@ fn columns<S: Simd>(linear: &Linear, simd: S, x: &[f32]) -> PackedB {
         Kind::Values { .. } => simd.order(linear.dense.float),
         Kind::Signs { .. } => Order::Natural,
     };
-    let mut row = vec![0.0; width];
-    let mut columns = vec![0.0; width * tokens];
-    for (t, x) in x.chunks(cols).enumerate() {
-        order.arrange(x, &mut row);
-        for (column, value) in columns.chunks_mut(tokens).zip(&row) {
-            column[t] = *value;
-        }
+    let mut rows = vec![0.0; tokens * width];
+    for (x, row) in x.chunks(cols).zip(rows.chunks_mut(width)) {
+        order.arrange(x, row);
     }
+    let mut columns = vec![0.0; width * tokens];
+    transpose(&rows, width, &mut columns);
     PackedB::new(&linear.kernel, &columns, width, tokens, tokens)
 }
 
@@ -82,15 +80,17 @@ fn panel<S: Simd>(
             match &linear.kind {
                 Kind::Values { starts } => {
                     let all = linear.values(starts, parts, row);
-                    let bytes = columns.start / 8..all.mask.len().min(columns.end / 8);
-                    let values = &all.values[used[r] * linear.dense.float.size()..];
-                    let part = Values { mask: &all.mask[bytes], values };
-                    let more = simd.expand_values(linear.dense.float, part, weights);
+                    let float = linear.dense.float;
+                    let part = all.from(columns.start, columns.len(), used[r], float);
+                    let more = simd.expand_values(float, part, weights);
                     used[r] += more.ok_or_else(|| too_few_values(row))?;
                 }
                 Kind::Signs { .. } => {
                     let mask = masks.chunks(x.k / 8).nth(r);
-                    simd.expand_signs(linear.signs(parts, row, mask).block(block), weights);
+                    simd.expand_signs(
+                        linear.signs(parts, row, mask).from(block, columns.len()),
+                        weights,
+                    );
                 }
             }
         }

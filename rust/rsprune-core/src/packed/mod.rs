@@ -55,13 +55,13 @@ trait Simd: Copy + Sync {
     /// The order in which values of this type meet the columns.
     fn order(self, float: Float) -> Order;
 
-    /// `sum_j w_j x_tj`; `None` where the mask has more bits than there are values.
+    /// How many values there were, and `sum_j w_j x_tj`; `None` where the mask has more bits.
     fn dot_values<const T: usize>(
         self,
         float: Float,
         row: Values,
         x: &Group<f32>,
-    ) -> Option<[f32; T]>;
+    ) -> Option<(usize, [f32; T])>;
 
     /// Overwrites `out` with the weights of its columns; how many values that took.
     fn expand_values(self, float: Float, row: Values, out: &mut [f32]) -> Option<usize>;
@@ -275,15 +275,15 @@ fn too_few_values(row: usize) -> Error {
     Error::Packed { part: "mask", reason }
 }
 
-/// `y [tokens, rows]` from `columns [rows, tokens]`.
-fn transpose(columns: &[f32], tokens: usize, y: &mut [f32]) {
-    const TILE: usize = 16; // rows of `columns` whose cache lines are used up at once
-    let rows = y.len() / tokens;
-    for (tile, from) in columns.chunks(TILE * tokens).enumerate() {
-        for t in 0..tokens {
-            let to = &mut y[t * rows + tile * TILE..][..from.len() / tokens];
+/// `to [cols, rows]` from `from [rows, cols]`.
+fn transpose(from: &[f32], cols: usize, to: &mut [f32]) {
+    const TILE: usize = 16; // rows of `from` whose cache lines are used up at once
+    let rows = from.len() / cols;
+    for (tile, from) in from.chunks(TILE * cols).enumerate() {
+        for c in 0..cols {
+            let to = &mut to[c * rows + tile * TILE..][..from.len() / cols];
             for (r, to) in to.iter_mut().enumerate() {
-                *to = from[r * tokens + t];
+                *to = from[r * cols + c];
             }
         }
     }

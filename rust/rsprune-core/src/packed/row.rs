@@ -3,6 +3,7 @@
 //! All formats come down to two streams: a mask with one bit a column, and something for every kept
 //! column in order, a value or a sign. Masks that are stored as codes are written out first.
 
+use crate::float::Float;
 use crate::pack::{Codes, Groups};
 
 /// Columns that share a scale.
@@ -30,15 +31,24 @@ pub(super) struct Signs<'a> {
     pub scales: &'a [u8],
 }
 
+impl<'a> Values<'a> {
+    /// `width` columns from `start` on, before which there were `used` values.
+    pub fn from(self, start: usize, width: usize, used: usize, float: Float) -> Values<'a> {
+        let end = self.mask.len().min((start + width) / 8);
+        Values { mask: &self.mask[start / 8..end], values: &self.values[used * float.size()..] }
+    }
+}
+
 impl<'a> Signs<'a> {
-    /// The columns of scale `block`.
-    pub fn block(&self, block: usize) -> Signs<'a> {
-        let bytes = block * BLOCK / 8;
+    /// `width` columns, from those of scale `block` on.
+    pub fn from(self, block: usize, width: usize) -> Signs<'a> {
+        let start = block * BLOCK / 8;
+        let scales = 2 * block..self.scales.len().min(2 * (block + width.div_ceil(BLOCK)));
         Signs {
-            mask: self.mask.map(|mask| &mask[bytes..mask.len().min(bytes + BLOCK / 8)]),
+            mask: self.mask.map(|mask| &mask[start..mask.len().min(start + width / 8)]),
             signs: self.signs.get(block * BLOCK / 64 * self.step..).unwrap_or(&[]),
-            scales: &self.scales[2 * block..2 * block + 2],
-            ..*self
+            scales: &self.scales[scales],
+            ..self
         }
     }
 

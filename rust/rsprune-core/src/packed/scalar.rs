@@ -19,14 +19,14 @@ impl Simd for Scalar {
         float: Float,
         row: Values,
         x: &Group<f32>,
-    ) -> Option<[f32; T]> {
+    ) -> Option<(usize, [f32; T])> {
         let (x, mut sum) = (x.rows::<T>(), [0.0; T]);
-        kept(float, row, |column, value| {
+        let used = kept(float, row, |column, value| {
             for t in 0..T {
                 sum[t] += value * x[t][column];
             }
         })?;
-        Some(sum)
+        Some((used, sum))
     }
 
     fn expand_values(self, float: Float, row: Values, out: &mut [f32]) -> Option<usize> {
@@ -38,7 +38,7 @@ impl Simd for Scalar {
         let (x, mut total) = (x.rows::<T>(), [0.0; T]);
         for block in 0..row.scales.len() / 2 {
             let mut sum = [0.0; T];
-            signed(row.block(block), |column, is_minus| {
+            signed(row.from(block, BLOCK), |column, is_minus| {
                 for t in 0..T {
                     let value = x[t].get(block * BLOCK + column).copied().unwrap_or(0.0);
                     sum[t] += if is_minus { -value } else { value };
@@ -63,7 +63,7 @@ impl Simd for Scalar {
         let (rows, mut total) = (x.rows::<T>(), [0.0; T]);
         for block in 0..row.scales.len() / 2 {
             let mut sum = [0i32; T];
-            signed(row.block(block), |column, is_minus| {
+            signed(row.from(block, BLOCK), |column, is_minus| {
                 for t in 0..T {
                     let value = rows[t].get(block * BLOCK + column).copied().unwrap_or(0);
                     sum[t] += if is_minus { -i32::from(value) } else { i32::from(value) };
