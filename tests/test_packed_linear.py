@@ -4,7 +4,10 @@ Every instruction set is tested in the core (`packed/tests.rs`); here it is the 
 """
 
 import copy
+import os
+import signal
 import threading
+import time
 
 import numpy as np
 import pytest
@@ -151,6 +154,22 @@ def test_many_threads_of_python_may_share_a_linear():
     for worker in workers:
         worker.join()
     assert found == [True] * 80
+
+
+def test_a_forked_child_starts_workers_of_its_own():
+    linear = packed("signs 4:8", dense_weight("signs 4:8", "BF16", (200, 256), 5))
+    x = np.random.default_rng(0).standard_normal((3, 256), np.float32)
+    matrix = linear.matrix()
+    expected = matrix.linear(x, threads=2).tobytes()
+    child = os.fork()
+    if child == 0:
+        os._exit(0 if matrix.linear(x, threads=2).tobytes() == expected else 1)
+    deadline = time.monotonic() + 60
+    while (ended := os.waitpid(child, os.WNOHANG)) == (0, 0):
+        if time.monotonic() > deadline:
+            os.kill(child, signal.SIGKILL)
+        time.sleep(0.01)
+    assert ended[1] == 0
 
 
 def test_set_compute_reaches_all_linears_or_none():
