@@ -87,7 +87,7 @@ class RspruneQuantizer(HfQuantizer):  # type: ignore[misc]
         self, model: Any, checkpoint_files: Sequence[str] | None = None, **kwargs: Any
     ) -> None:
         config = self.quantization_config
-        self._checkpoint = _open(checkpoint_files, config.packed)
+        self._checkpoint = _open(checkpoint_files or _files_of(model), config.packed)
         self._linears: dict[str, PackedLinear] = {}
         for name, packed in config.packed.items():
             module_name = _module_name(model, linear_of(name))
@@ -110,6 +110,8 @@ class RspruneQuantizer(HfQuantizer):  # type: ignore[misc]
             stored = {part: TORCH_DTYPES[dtype] for part, dtype, _ in linear.packed.layout}
             if any(value.dtype != stored[part] for part, value in loaded.items()):
                 linear.set_parts(self._checkpoint.parts(name))
+            for part in linear.parts.values():
+                part.requires_grad_(False)  # transformers gives a new parameter for what it loads
         del self._checkpoint
         return model
 
@@ -129,10 +131,22 @@ class RspruneQuantizer(HfQuantizer):  # type: ignore[misc]
         return False
 
 
-def _open(files: Sequence[str] | None, packed: dict[str, PackedWeight]) -> Checkpoint:
+def _files_of(model: Any) -> list[str]:
+    """The files that transformers 4 loads, which it does not tell: by now they are all here."""
+    folder = Path(model.name_or_path)
+    if not folder.is_dir():
+        from transformers.utils import cached_file
+
+        revision = getattr(model.config, "_commit_hash", None)
+        config = cached_file(
+            model.name_or_path, "config.json", revision=revision, local_files_only=True
+        )
+        folder = Path(config).parent
+    return [str(folder / file) for file in sorted(set(_core.checkpoint_index(folder).values()))]
+
+
+def _open(files: Sequence[str], packed: dict[str, PackedWeight]) -> Checkpoint:
     """The files that the model is loaded from; refuses them where a part is missing."""
-    if not files:
-        raise UsageError("packed linears: expected files to load them from, found none")
     paths = [Path(file) for file in files]
     if any(path.suffix != ".safetensors" for path in paths):
         raise UsageError(f"{paths[0]}: expected packed linears in safetensors files")
