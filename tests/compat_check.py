@@ -10,10 +10,11 @@ import sys
 import tempfile
 from pathlib import Path
 
-import rsprune
 import torch
 import transformers
 from transformers import AutoModelForCausalLM
+
+import rsprune
 
 GENERATED = 6
 

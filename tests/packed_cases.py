@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+
 from rsprune.reference import pack as twin
 
 GOLDEN = Path(__file__).parent / "golden" / "packed.json"

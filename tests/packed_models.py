@@ -35,7 +35,9 @@ def pair_of(model: Path, folder: Path, documents: Path, pattern: str, method: st
     return Pair(model, folder / "dense", folder / "packed", packed)
 
 
-def binarized(model: Path, folder: Path, pattern: str, link: Callable[[Path, Path], object]) -> Path:
+def binarized(
+    model: Path, folder: Path, pattern: str, link: Callable[[Path, Path], object]
+) -> Path:
     """A copy of `model` whose linears are signs and scales, so that magnitude changes nothing."""
     folder.mkdir()
     for path in model.iterdir():

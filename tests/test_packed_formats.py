@@ -16,6 +16,7 @@ from packed_cases import (
     twin_parts,
     weight_of,
 )
+
 from rsprune import _core
 from rsprune.packing import PackedWeight, planned_bytes
 from rsprune.reference import pack as twin
@@ -119,6 +120,7 @@ def test_arguments_of_the_binding():
         _core.pack(weight, "F32", form)
     with pytest.raises(ValueError, match="unknown, expected one of keep-of n:m"):
         _core.pack_layout("zip", "F32", (2, 4))
+    packed = PackedWeight(form, "F32", weight.shape)
+    parts = packed.pack(as_core(weight, "F32"))
     with pytest.raises(ValueError, match=r"rows: expected a range within 0\.\.2, found 1\.\.3"):
-        packed = PackedWeight(form, "F32", weight.shape)
-        packed.unpack(packed.pack(as_core(weight, "F32")), 1, 3)
+        packed.unpack(parts, 1, 3)

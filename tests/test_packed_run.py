@@ -264,7 +264,7 @@ BROKEN: dict[str, tuple[Callable[[Path], None], str]] = {
     ),
     "another format": (
         lambda f: edit_config(f, lambda s: s["linears"].update({DOWN: "zip"})),
-        f"{DOWN}: packed format \"zip\": unknown",
+        f'{DOWN}: packed format "zip": unknown',
     ),
     "an odd shape": (
         lambda f: edit_config(f, lambda s: s["dense"].update({DOWN: ["BF16", [32, -64]]})),

@@ -191,4 +191,6 @@ def check_parts(
 ) -> None:
     """Refuses parts that a method gives beside a weight and that are not that weight."""
     if not np.array_equal(packed.unpack(parts).view(np.uint8), weight.view(np.uint8)):
-        raise RspruneError(f"{name}: the packed form of the method ({packed.format}) has other bits")
+        raise RspruneError(
+            f"{name}: the packed form of the method ({packed.format}) has other bits"
+        )

