@@ -36,6 +36,8 @@ class PackedLinear(nn.Module):
         compute: a key of `COMPUTE`.
     """
 
+    bias: nn.Parameter | None
+
     def __init__(self, packed: PackedWeight, bias: nn.Parameter | None, compute: str) -> None:
         super().__init__()
         self.packed = packed
