@@ -25,6 +25,7 @@ SOURCES = sorted(
 
 FOUNDATIONS = {"errors", "config", "memory", "pool", "timing", "windows", "blocks", "data"}
 FOUNDATIONS |= {"progress", "report", "stored", "experts", "scratch", "guard", "gguf_header"}
+FOUNDATIONS |= {"packing", "transformers_hook"}
 MIDDLE = {
     "checkpoint",
     "output",
@@ -37,8 +38,9 @@ MIDDLE = {
 }
 MIDDLE |= {"sources", "inspect", "model_config", "head", "scoring", "eval_plan", "eval_journal"}
 MIDDLE |= {"evaluate", "eval_tasks", "harness", "permute", "tune", "resume"}
+MIDDLE |= {"packed_linear", "hf"}
 TOP = {"plan", "run", "demo", "verify", "tables", "card", "options", "cli", "estimate"}
-TOP |= {"layer_run", "allocate", "unused"}
+TOP |= {"layer_run", "allocate", "unused", "export"}
 
 
 def short(path: Path) -> str:

@@ -8,8 +8,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 __all__ = [
-    "MappedTensor",
     "PACK_VERSION",
+    "MappedTensor",
     "PackedMatrix",
     "Pattern",
     "Shard",
@@ -139,7 +139,6 @@ def polish(
 def group_channels(
     operator: _Operator, *, segment: int, repeats: int, threads: int | None = None
 ) -> NDArray[np.int64]: ...
-
 def pack_format(weight: NDArray[Any], dtype: str, pattern: Pattern) -> str: ...
 def pack_layout(
     format: str, dtype: str, shape: tuple[int, int]
@@ -154,6 +153,7 @@ def unpack(
     start: int = 0,
     stop: int | None = None,
 ) -> NDArray[Any]: ...
+
 @final
 class Shard:
     def __new__(cls, path: Path) -> Shard: ...

@@ -14,8 +14,8 @@ __all__ = ["model_card"]
 LICENCE_KEYS = ("license", "license_name", "license_link")
 HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 
-NEEDED = """> **`import rsprune` first.** The pruned linears are packed; without that import transformers
-> fills them with random numbers and only warns. `pip install rsprune`
+NEEDED = """> **`import rsprune` first.** The pruned linears are packed; without that import
+> transformers fills them with random numbers and only warns. `pip install rsprune`
 """
 
 LOAD_PACKED = """## How to load it
@@ -28,8 +28,9 @@ model = AutoModelForCausalLM.from_pretrained("<this folder>", dtype="auto")
 tokenizer = AutoTokenizer.from_pretrained("<this folder>")
 ```
 
-`rsprune.load("<this folder>", dequantize=True)` gives an ordinary model, `rsprune export <this folder>
-OUT --dense` an ordinary checkpoint, both with exactly the weights that are packed here.
+`rsprune.load("<this folder>", dequantize=True)` gives an ordinary model and
+`rsprune export <this folder> OUT --dense` an ordinary checkpoint, both with exactly the weights
+that are packed here.
 """
 
 LOAD = """## How to load it
@@ -59,7 +60,9 @@ def model_card(report: Report, *, source_card: str | None, base_model: str) -> s
     config = report.run.get("config") or {}
     # A card is published: it names a local model, but not where it lay on somebody's disk.
     shown = base_model if HUB_ID.fullmatch(base_model) else _title(base_model)
-    front = yaml.safe_dump(_front_matter(config, source_card, base_model, report.packed), sort_keys=False)
+    front = yaml.safe_dump(
+        _front_matter(config, source_card, base_model, report.packed), sort_keys=False
+    )
     parts = [
         f"---\n{front}---\n",
         *([NEEDED] if report.packed else []),
@@ -81,7 +84,13 @@ def _front_matter(
         front["base_model"] = base  # the hub refuses a card whose base_model is a local path
     source = _read_front_matter(source_card or "")
     front |= {key: source[key] for key in LICENCE_KEYS if key in source}
-    tags = ["pruned", "rsprune", *(["packed"] if packed else []), config.get("pattern"), config.get("method")]
+    tags = [
+        "pruned",
+        "rsprune",
+        *(["packed"] if packed else []),
+        config.get("pattern"),
+        config.get("method"),
+    ]
     front["tags"] = [str(tag) for tag in tags if tag]
     return front
 

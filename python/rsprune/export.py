@@ -13,7 +13,11 @@ from rsprune.report import DENSE, REPORT_NAME, Journal, Report, load_report
 
 
 def export_dense(
-    folder: str | Path, out: str | Path, *, overwrite: bool = False, progress: Progress | None = None
+    folder: str | Path,
+    out: str | Path,
+    *,
+    overwrite: bool = False,
+    progress: Progress | None = None,
 ) -> None:
     """Writes a packed folder as an ordinary checkpoint with the same weights, bit for bit.
 
@@ -88,7 +92,5 @@ def _write_report(report: Report, records: list[dict[str, object]], output: Outp
     card = report.folder / "README.md"
     source_card = card.read_text("utf-8", errors="replace") if card.exists() else None
     base_model = str(report.run.get("model"))
-    text = model_card(
-        load_report(output.folder), source_card=source_card, base_model=base_model
-    )
+    text = model_card(load_report(output.folder), source_card=source_card, base_model=base_model)
     output.write_text("README.md", text)

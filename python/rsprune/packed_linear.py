@@ -150,7 +150,7 @@ class PackedLinear(nn.Module):
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> PackedLinear:
         """What `.to`, `.half` and their kin do: parts move, but keep their types."""
-        stored = self.parts
+        stored = {part: value.detach() for part, value in self.parts.items()}
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         if any(self.get_parameter(part).dtype != value.dtype for part, value in stored.items()):
             self.set_parts(stored)
