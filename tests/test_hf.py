@@ -97,6 +97,14 @@ def test_parts_keep_their_types(packed: Any) -> None:
     assert "keep-of 2:4" in repr(linear)
 
 
+def test_how_it_multiplies_is_saved(packed: Any, tmp_path: Path) -> None:
+    assert packed.config.quantization_config.compute == "float32"
+    rsprune.set_compute(packed, "exact")
+    packed.save_pretrained(tmp_path)
+    saved = AutoModelForCausalLM.from_pretrained(tmp_path)
+    assert saved.get_submodule(DOWN).compute == "exact"
+
+
 def test_gradients_are_refused(packed: Any) -> None:
     ids = token_ids(1, 4)
     logits = packed(ids).logits  # grad mode, as a user forgets to leave it
@@ -145,7 +153,7 @@ def test_a_gap_in_the_files_is_refused(pairs: Callable[[str], Pair], tmp_path: P
     with pytest.raises(UsageError, match=rf"{DOWN}.positions: expected U8 \[64"):
         load()
     change(lambda s: s.update(compute="fast"))
-    with pytest.raises(UsageError, match="compute: expected one of exact"):
+    with pytest.raises(UsageError, match="compute: expected one of float32"):
         load()
     path.write_text(text)
     load()

@@ -70,9 +70,9 @@ impl<'a> Job<'a> {
         len: usize,
         f: impl Fn(usize, &mut [E]) -> Result<()> + Sync,
     ) -> Result<()> {
-        let helpers =
-            (data.len().div_ceil(len.max(1)).min(self.pool.0.current_num_threads())).max(1) - 1;
-        let blocks = Mutex::new(data.chunks_mut(len.max(1)).enumerate());
+        let len = len.max(1);
+        let workers = self.pool.0.current_num_threads().min(data.len().div_ceil(len));
+        let blocks = Mutex::new(data.chunks_mut(len).enumerate());
         let work = || {
             loop {
                 let next = blocks.lock().unwrap_or_else(|e| e.into_inner()).next();
@@ -81,12 +81,12 @@ impl<'a> Job<'a> {
                 f(i, block)?;
             }
         };
-        if helpers == 0 {
+        if workers < 2 {
             return work();
         }
         let failed = Mutex::new(Ok(()));
         self.pool.0.in_place_scope(|scope| {
-            for _ in 0..helpers {
+            for _ in 1..workers {
                 scope.spawn(|_| {
                     if let Err(error) = work() {
                         *failed.lock().unwrap_or_else(|e| e.into_inner()) = Err(error);
@@ -138,5 +138,35 @@ impl<'a> Job<'a> {
                 })
                 .collect()
         })
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn shared_blocks_are_all_done_and_an_error_of_any_worker_is_the_result() {
+        let cancel = AtomicBool::new(false);
+        for threads in [1, 2, 5] {
+            let pool = Pool::new(threads).unwrap();
+            let job = Job::new(&pool, &cancel);
+            let mut data = vec![0; 1003];
+            let fill = |i: usize, block: &mut [usize]| {
+                block.fill(i + 1);
+                Ok(())
+            };
+            job.share_blocks(&mut data, 10, fill).unwrap();
+            assert!(data.iter().enumerate().all(|(at, value)| *value == at / 10 + 1));
+            for bad in [0, 57, 100] {
+                let fail = |i: usize, _: &mut [usize]| match i == bad {
+                    true => Err(Error::Option(format!("block {i}"))),
+                    false => Ok(()),
+                };
+                let error = job.share_blocks(&mut data, 10, fail).unwrap_err();
+                assert_eq!(error.to_string(), format!("block {bad}"));
+            }
+            job.share_blocks(&mut data[..0], 10, fill).unwrap();
+        }
     }
 }
