@@ -24,16 +24,9 @@ SOURCES = sorted(
 )
 
 FOUNDATIONS = {"errors", "config", "memory", "pool", "timing", "windows", "blocks", "data"}
-FOUNDATIONS |= {
-    "clip",
-    "progress",
-    "report",
-    "stored",
-    "experts",
-    "scratch",
-    "guard",
-    "gguf_header",
-}
+FOUNDATIONS |= {"progress", "report", "stored", "experts", "scratch", "guard", "gguf_header"}
+FOUNDATIONS |= {"packing", "transformers_hook"}
+FOUNDATIONS |= {"clip"}
 MIDDLE = {
     "checkpoint",
     "output",
@@ -46,8 +39,9 @@ MIDDLE = {
 }
 MIDDLE |= {"sources", "inspect", "model_config", "head", "scoring", "eval_plan", "eval_journal"}
 MIDDLE |= {"evaluate", "eval_tasks", "harness", "permute", "tune", "resume"}
+MIDDLE |= {"packed_linear", "hf"}
 TOP = {"plan", "run", "demo", "verify", "tables", "card", "options", "cli", "estimate"}
-TOP |= {"layer_run", "allocate", "unused"}
+TOP |= {"layer_run", "allocate", "unused", "export"}
 
 
 def short(path: Path) -> str:
@@ -184,6 +178,8 @@ LOWER = {
     "pattern": {"error"},
     "linalg": {"disk", "error", "float", "kernels", "par"},
     "shard": {"disk", "error", "float"},
+    "pack": {"error", "float", "pattern"},
+    "packed": {"error", "float", "kernels", "linalg", "pack", "par"},
     "solve": {"error", "float", "kernels", "par", "pattern", "linalg"},
 }
 """Module of the core -> what it may use."""

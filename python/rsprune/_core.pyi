@@ -8,7 +8,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 __all__ = [
+    "PACK_VERSION",
     "MappedTensor",
+    "PackedMatrix",
     "Pattern",
     "Shard",
     "ShardWriter",
@@ -24,14 +26,19 @@ __all__ = [
     "group_channels",
     "kernel_name",
     "magnitude",
+    "pack",
+    "pack_format",
+    "pack_layout",
     "plan_shard",
     "polish",
     "sparsegpt",
+    "unpack",
     "wanda",
     "write_file",
 ]
 
 __version__: str
+PACK_VERSION: int
 
 class _Operator(Protocol):
     """What the methods read: see `rsprune.methods.base.Operator`."""
@@ -51,6 +58,16 @@ _Pruned = tuple[NDArray[Any], dict[str, Any]]
 
 def default_threads() -> int: ...
 def kernel_name() -> str: ...
+
+@final
+class PackedMatrix:
+    def __new__(
+        cls, parts: dict[str, NDArray[Any]], dtype: str, format: str, shape: tuple[int, int]
+    ) -> PackedMatrix: ...
+    def linear(
+        self, x: NDArray[np.float32], *, mode: str = "float32", threads: int | None = None
+    ) -> NDArray[np.float32]: ...
+    def int8_error(self, x: NDArray[np.float32], *, threads: int | None = None) -> float: ...
 
 @final
 class Pattern:
@@ -122,6 +139,20 @@ def polish(
 def group_channels(
     operator: _Operator, *, segment: int, repeats: int, threads: int | None = None
 ) -> NDArray[np.int64]: ...
+def pack_format(weight: NDArray[Any], dtype: str, pattern: Pattern) -> str: ...
+def pack_layout(
+    format: str, dtype: str, shape: tuple[int, int]
+) -> list[tuple[str, str, list[int]]]: ...
+def pack(weight: NDArray[Any], dtype: str, format: str) -> dict[str, NDArray[Any]]: ...
+def unpack(
+    parts: dict[str, NDArray[Any]],
+    dtype: str,
+    format: str,
+    shape: tuple[int, int],
+    *,
+    start: int = 0,
+    stop: int | None = None,
+) -> NDArray[Any]: ...
 
 @final
 class Shard:

@@ -14,6 +14,25 @@ __all__ = ["model_card"]
 LICENCE_KEYS = ("license", "license_name", "license_link")
 HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 
+NEEDED = """> **`import rsprune` first.** The pruned linears are packed; without that import
+> transformers fills them with random numbers and only warns. `pip install rsprune`
+"""
+
+LOAD_PACKED = """## How to load it
+
+```python
+import rsprune  # or the packed linears are initialised at random
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+model = AutoModelForCausalLM.from_pretrained("<this folder>", dtype="auto")
+tokenizer = AutoTokenizer.from_pretrained("<this folder>")
+```
+
+`rsprune.load("<this folder>", dequantize=True)` gives an ordinary model and
+`rsprune export <this folder> OUT --dense` an ordinary checkpoint, both with exactly the weights
+that are packed here.
+"""
+
 LOAD = """## How to load it
 
 It is an ordinary checkpoint. rsprune is not needed:
@@ -41,12 +60,15 @@ def model_card(report: Report, *, source_card: str | None, base_model: str) -> s
     config = report.run.get("config") or {}
     # A card is published: it names a local model, but not where it lay on somebody's disk.
     shown = base_model if HUB_ID.fullmatch(base_model) else _title(base_model)
-    front = yaml.safe_dump(_front_matter(config, source_card, base_model), sort_keys=False)
+    front = yaml.safe_dump(
+        _front_matter(config, source_card, base_model, report.packed), sort_keys=False
+    )
     parts = [
         f"---\n{front}---\n",
+        *([NEEDED] if report.packed else []),
         f"# {_title(shown)}, pruned to {config.get('pattern')}\n",
         _what_was_done(report, config, shown),
-        LOAD,
+        LOAD_PACKED if report.packed else LOAD,
         _certificate(report),
         _calibration(report),
         _recipe(report, config, shown),
@@ -54,13 +76,21 @@ def model_card(report: Report, *, source_card: str | None, base_model: str) -> s
     return "\n".join(parts)
 
 
-def _front_matter(config: dict[str, Any], source_card: str | None, base: str) -> dict[str, Any]:
+def _front_matter(
+    config: dict[str, Any], source_card: str | None, base: str, packed: bool
+) -> dict[str, Any]:
     front: dict[str, Any] = {"library_name": "transformers"}
     if HUB_ID.fullmatch(base):
         front["base_model"] = base  # the hub refuses a card whose base_model is a local path
     source = _read_front_matter(source_card or "")
     front |= {key: source[key] for key in LICENCE_KEYS if key in source}
-    tags = ["pruned", "rsprune", config.get("pattern"), config.get("method")]
+    tags = [
+        "pruned",
+        "rsprune",
+        *(["packed"] if packed else []),
+        config.get("pattern"),
+        config.get("method"),
+    ]
     front["tags"] = [str(tag) for tag in tags if tag]
     return front
 
@@ -89,6 +119,7 @@ def _what_was_done(report: Report, config: dict[str, Any], base_model: str) -> s
         f"`{base_model}` ({run.get('architecture')}, {run.get('layers')} decoder layers), pruned "
         f"by rsprune {run.get('version')} with the method `{config.get('method')}` to the pattern "
         f"`{config.get('pattern')}`: {len(report.tensors)} tensors were pruned{share}. "
+        f"{f'Bits per weight: {report.bits}. ' if report.bits else ''}"
         f"{_what_else(config)}\n"
     )
 
@@ -106,16 +137,18 @@ def _certificate(report: Report) -> str:
     lines = [
         "## Certificate",
         "",
+        "True bits are those stored of a weight, everything counted that a packed form needs.",
         "Relative error of each operator's output on the calibration windows and on held-out ones",
         "that no solver saw: geometric mean over the layers. Each tensor's own line is in",
         "`rsprune-report.jsonl`; `rsprune verify` checks this folder against it.",
         "",
-        "| operator | tensors | error | held-out error | zeros |",
-        "|---|---|---|---|---|",
+        "| operator | tensors | true bits | error | held-out error | zeros |",
+        "|---|---|---|---|---|---|",
     ]
     for row in by_kind(report.tensors):
         errors = f"{_number(row.error)} | {_number(row.heldout_error)}"
-        lines.append(f"| `{row.kind}` | {row.count} | {errors} | {row.sparsity:.1%} |")
+        bits = "-" if row.true_bits is None else f"{row.true_bits:.3f}"
+        lines.append(f"| `{row.kind}` | {row.count} | {bits} | {errors} | {row.sparsity:.1%} |")
     few = [f"\n{report.few_tokens}."] if report.few_tokens else []
     return "\n".join([*lines, *few, ""])
 

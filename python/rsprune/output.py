@@ -16,7 +16,7 @@ import os
 import shutil
 import socket
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +26,7 @@ from numpy.typing import NDArray
 from rsprune import _core
 from rsprune.checkpoint import Checkpoint, named_errors, sha256
 from rsprune.errors import RspruneError, UsageError
+from rsprune.packing import PackedWeight, linear_of, with_settings
 
 WEIGHT_FILES = ("*.safetensors", "*.safetensors.index.json", "*.bin", "*.bin.index.json", "*.pt",
                 "*.pth", "*.ckpt", "*.gguf", "*.h5", "*.msgpack", "*.onnx")  # fmt: skip
@@ -43,6 +44,7 @@ class OutputFolder:
         self.folder = _partial(self.out)
         self.overwrite = overwrite
         self._files: dict[str, str] = {}
+        self.packed: dict[str, PackedWeight] = {}
         self.total_bytes = 0
         self.total_parameters = 0
         self.folder.mkdir(parents=True, exist_ok=True)
@@ -99,32 +101,62 @@ class OutputFolder:
         for path in found:
             shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
 
-    def keep_shard(self, file: str, source: Checkpoint, names: list[str]) -> None:
-        """Counts a shard in that an earlier run has finished."""
+    def keep_shard(
+        self, file: str, source: Checkpoint, names: list[str], packed: Mapping[str, PackedWeight]
+    ) -> None:
+        """Counts a shard in that is finished."""
         for name in names:
-            self._files[name] = file
-            self.total_bytes += source.tensors[name].nbytes
-            self.total_parameters += math.prod(source.tensors[name].shape)
+            info = source.tensors[name]
+            if (form := packed.get(name)) is None:
+                self._files[name] = file
+                self.total_bytes += info.nbytes
+            else:
+                self._files |= {f"{linear_of(name)}.{part}": file for part, _, _ in form.layout}
+                self.total_bytes += form.nbytes
+                self.packed[name] = form
+            self.total_parameters += math.prod(info.shape)
 
     def put_shard(
-        self, file: str, source: Checkpoint, names: list[str], changed: dict[str, NDArray[Any]]
+        self,
+        file: str,
+        source: Checkpoint,
+        names: list[str],
+        changed: Mapping[str, NDArray[Any]],
+        packed: Mapping[str, PackedWeight] | None = None,
+        parts: Mapping[str, dict[str, NDArray[Any]]] | None = None,
     ) -> dict[str, Any]:
         """Writes one shard: `changed` tensors as given, the others copied from `source`.
+
+        Args:
+            file: its name.
+            source: where the tensors are described, and lie unless they have changed.
+            names: of the tensors in the shard.
+            changed: tensors as they are stored (or would be, if they were not packed).
+            packed: which of these are packed, and how.
+            parts: what packed ones consist of, where that is known already.
 
         Returns:
             file, bytes and sha256 of what is on disk.
         """
-        infos = [source.tensors[name] for name in names]
-        plan = [(info.name, info.dtype, list(info.shape)) for info in infos]
+        packed, parts, plan = packed or {}, parts or {}, []
+        for info in (source.tensors[name] for name in names):
+            if (form := packed.get(info.name)) is None:
+                plan.append((info.name, info.dtype, list(info.shape)))
+            else:
+                prefix = linear_of(info.name)
+                plan += [(f"{prefix}.{part}", dtype, shape) for part, dtype, shape in form.layout]
         with named_errors():
             writer = _core.ShardWriter(self.folder / file, plan, {"format": "pt"})
-            for info in infos:
-                if (new := changed.get(info.name)) is None:
-                    source.copy_into(writer, info.name)
+            for name in names:
+                if (form := packed.get(name)) is not None:
+                    for part, value in (parts.get(name) or form.pack(changed[name])).items():
+                        writer.put(f"{linear_of(name)}.{part}", _bytes(value))
+                elif name in changed:
+                    writer.put(name, _bytes(changed[name]))
                 else:
-                    writer.put(info.name, new.reshape(-1).view(np.uint8))
+                    source.copy_into(writer, name)
             writer.finish()
-        self.keep_shard(file, source, names)
+        self.keep_shard(file, source, names, packed)
         path = self.folder / file
         return {"file": file, "bytes": path.stat().st_size, "sha256": sha256(path)}
 
@@ -137,6 +169,13 @@ class OutputFolder:
                 shutil.copyfile(source / relative, target)
             except OSError as error:
                 raise RspruneError(f"{target}: copy of {relative}: {error.strerror}") from None
+
+    def write_config(self) -> None:
+        """Says in config.json which weights are packed; a source's own word on that goes."""
+        path = self.folder / "config.json"
+        text = path.read_text("utf-8")
+        if (configured := with_settings(text, self.packed)) != text:
+            self.write_text(path.name, configured)
 
     def write_text(self, name: str, text: str) -> None:
         """Writes a small file by temporary file and rename."""
@@ -234,6 +273,11 @@ def check_output(out: Path, *sources: Path, overwrite: bool) -> None:
             f"output {out}: --overwrite replaces only what rsprune wrote, found a folder without "
             "rsprune-report.jsonl; remove it yourself or name another"
         )
+
+
+def _bytes(array: NDArray[Any]) -> NDArray[np.uint8]:
+    """What the writer takes."""
+    return np.ascontiguousarray(array).reshape(-1).view(np.uint8)
 
 
 def _sync(path: Path) -> None:

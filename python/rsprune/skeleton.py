@@ -68,11 +68,11 @@ class Skeleton:
             for name, buffer in buffered._buffers.items():
                 if buffer is not None:
                     buffered._buffers[name] = buffer.to(self.device)
-        self.layer_prefix, self.layers = _decoder_layers(self.model)
+        self.layer_prefix, self.layers = decoder_layers(self.model)
         unfuse(self.layers, self.layer_prefix)
         keep_stored(self.layers)
         self._tied = _tied_names(self.model)
-        self._renamed = _renamed(self.model, checkpoint.tensors)
+        self._renamed = renamed(self.model, checkpoint.tensors)
         self._disk_names = {name: disk_name for disk_name, name in self._renamed.items()}
         if missing := self.missing():
             raise MissingTensorsError(missing, checkpoint.folder)
@@ -230,14 +230,14 @@ class Skeleton:
         return sum(math.prod(shape) * size * count for (shape, size), count in most.items())
 
     def _buffers(self, index: int, layer: nn.Module) -> Iterator[tuple[tuple[int, ...], int]]:
-        """Shape and bytes an element of what the pool lends for a layer; experts need none."""
+        """Shape and bytes an element of what a layer takes; experts do only if packed."""
         for prefix, module in layer.named_modules():
-            if isinstance(module, ExpertLinear):
-                continue
             for leaf, parameter in module.named_parameters(recurse=False):
                 size = 4
                 if isinstance(module, StoredLinear) and leaf == "weight":
                     info = self._info(self.layer_name(index, f"{prefix}.{leaf}"))
+                    if isinstance(module, ExpertLinear) and info.name not in self.checkpoint.packed:
+                        continue  # memory of its file
                     size = TORCH_DTYPES[info.dtype].itemsize
                 yield tuple(parameter.shape), size
 
@@ -293,7 +293,7 @@ def _named_parameters(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
     return model.named_parameters(remove_duplicate=False)
 
 
-def _decoder_layers(model: nn.Module) -> tuple[str, nn.ModuleList]:
+def decoder_layers(model: nn.Module) -> tuple[str, nn.ModuleList]:
     """The longest ModuleList that lies in no other one (experts lie in a layer)."""
     lists: list[tuple[str, nn.ModuleList]] = []
     for name, module in model.named_modules():
@@ -307,7 +307,7 @@ def _decoder_layers(model: nn.Module) -> tuple[str, nn.ModuleList]:
     return longest
 
 
-def _renamed(model: nn.Module, disk_names: Iterable[str]) -> dict[str, str]:
+def renamed(model: nn.Module, disk_names: Iterable[str]) -> dict[str, str]:
     """On-disk name -> parameter name, where transformers 5 renames a tensor that it loads."""
     try:
         from transformers.conversion_mapping import get_model_conversion_mapping

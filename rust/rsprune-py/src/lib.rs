@@ -3,6 +3,8 @@
 mod buffers;
 mod enter;
 mod errors;
+mod pack;
+mod packed;
 mod shard;
 mod solve;
 mod statistics;
@@ -16,5 +18,7 @@ fn _core(m: &Bound<'_, PyModule>) -> PyResult<()> {
     m.add_function(wrap_pyfunction!(enter::kernel_name, m)?)?;
     statistics::register(m)?;
     solve::register(m)?;
+    pack::register(m)?;
+    packed::register(m)?;
     shard::register(m)
 }

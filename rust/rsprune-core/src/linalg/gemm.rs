@@ -42,7 +42,7 @@ pub fn gemm_add(
     for k0 in range.clone().step_by(K_CHUNK) {
         let k1 = (k0 + K_CHUNK).min(range.end);
         let columns = (k0 - range.start, k1 - range.start);
-        let packed = scratch.pack_rows(kernel.mr, a, rows, columns, a_stride);
+        let packed = scratch.pack_rows(kernel, a, rows, columns, a_stride);
         let panels = b.n.div_ceil(kernel.nr);
         for j in 0..panels {
             let panel = b.panel(j, k0, k1);
