@@ -2,13 +2,16 @@
 //!
 //! Layers, lowest first; a module uses only those above it in this list:
 //! `error`, `disk`, `par` | `kernels` (matrix tiles) | `linalg` (GEMM, Gram, Cholesky) | `pattern` |
-//! `solve` (the methods) and, beside them, `shard` (safetensors files).
+//! `pack` (packed weights) | `solve` (the methods) | `binarize` (a bit or a few a weight) and, beside
+//! them, `shard` (safetensors files).
 
+pub mod binarize;
 pub mod disk;
 pub mod error;
 pub mod float;
 pub mod kernels;
 pub mod linalg;
+pub mod pack;
 pub mod par;
 pub mod pattern;
 pub mod shard;

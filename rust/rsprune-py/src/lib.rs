@@ -1,5 +1,6 @@
 //! `rsprune._core`: exports only. Each module translates, detaches, calls the core, translates back.
 
+mod binarize;
 mod buffers;
 mod enter;
 mod errors;
@@ -16,5 +17,6 @@ fn _core(m: &Bound<'_, PyModule>) -> PyResult<()> {
     m.add_function(wrap_pyfunction!(enter::kernel_name, m)?)?;
     statistics::register(m)?;
     solve::register(m)?;
+    binarize::register(m)?;
     shard::register(m)
 }
