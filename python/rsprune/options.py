@@ -27,9 +27,16 @@ Fraction = float | None
 def run_options(
     recipe: Annotated[Path | None, Option(help="File of these options; explicit ones win.")] = None,
     method: Annotated[
-        Text, Option(help="best, admm, fista-plus, fista, sparsegpt, wanda, magnitude.")
+        Text,
+        Option(
+            help="best, admm, fista-plus, fista, sparsegpt, wanda, magnitude; pbs2p-exact, pbs2p, "
+            "billm, arb, gptq."
+        ),
     ] = None,
     pattern: Annotated[Text, Option(help="keep:of (2:4, 4:8, ...) or a sparsity (50%).")] = None,
+    bits: Annotated[
+        Fraction, Option(help="PBS2P-exact: true bits a weight; GPTQ: 2, 3 or 4.")
+    ] = None,
     scope: Annotated[Text, Option(help="Over what a sparsity counts: row or matrix.")] = None,
     allocate: Annotated[
         bool | None, Option(help="Spread a ratio over layers by measured error curves.")

@@ -132,7 +132,10 @@ def prepare(folder: Path, config: Config, out: Path | None) -> Prepared:
 
 def parse_pattern(config: Config) -> _core.Pattern:
     """The pattern of the configuration, with the method's scope unless the user chose one."""
-    scope = config.scope or methods.get(config.method).scope
+    method = methods.get(config.method)
+    if isinstance(method, methods.Binarizer):
+        return _core.Pattern(method.check(config), method.scope)
+    scope = config.scope or method.scope
     if config.allocate:
         if ":" in config.pattern:
             raise UsageError(
@@ -176,6 +179,9 @@ def _operators(
                 )
     if not operators:
         raise UsageError(f"ignore {list(config.ignore)}: nothing is left to prune")
+    method = methods.get(config.method)
+    if isinstance(method, methods.Binarizer):
+        method.check_shapes([(o.rows, o.columns) for o in operators], config)
     return operators, ignored
 
 
@@ -326,6 +332,8 @@ def _passes(inputs: Inputs, config: Config) -> str:
         parts[-1] += " + 1 partial" if inputs.true_sequential else " + 1 whole"
     if config.allocate:
         parts.append("budget a few windows 4 times")
+    elif config.method in ("pbs2p", "pbs2p-exact"):
+        parts.append("choice of codes a few windows once")
     if config.tune_block:
         # A backward pass takes as long as two forward ones.
         passes = 3 * config.tune_steps * config.tune_batch / config.samples

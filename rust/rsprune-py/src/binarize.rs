@@ -1,6 +1,7 @@
 //! The methods that leave a bit or a few of a weight.
 
 use crate::solve::{Operator, Pruned, pruned, solve_with, with_task};
+use crate::statistics::Pattern;
 use numpy::PyArray1;
 use pyo3::exceptions::PyValueError;
 use pyo3::prelude::*;
@@ -104,11 +105,18 @@ fn gptq<'py>(
     packed_with(py, &operator, threads, |job, task| core::gptq(job, task, damping, bits))
 }
 
+/// Bits a weight that the codes of `pattern` take in rows of `columns`, everything counted.
+#[pyfunction]
+fn signs_bits(pattern: &Bound<'_, Pattern>, columns: usize) -> f64 {
+    core::signs_bits(columns, core::groups_of(pattern.get().0))
+}
+
 /// Adds the functions of this module.
 pub fn register(m: &Bound<'_, PyModule>) -> PyResult<()> {
     m.add_function(wrap_pyfunction!(pbs2p_exact, m)?)?;
     m.add_function(wrap_pyfunction!(pbs2p, m)?)?;
     m.add_function(wrap_pyfunction!(billm, m)?)?;
     m.add_function(wrap_pyfunction!(arb, m)?)?;
-    m.add_function(wrap_pyfunction!(gptq, m)?)
+    m.add_function(wrap_pyfunction!(gptq, m)?)?;
+    m.add_function(wrap_pyfunction!(signs_bits, m)?)
 }

@@ -18,7 +18,7 @@ use super::{dense_of, groups_of};
 use crate::error::Result;
 use crate::float::Float;
 use crate::linalg::dot;
-use crate::pack::{Codes, Dense, Groups};
+use crate::pack::{Codes, Groups};
 use crate::par::Job;
 use crate::pattern::for_smallest;
 use crate::solve::{Bits, Factor, Solution, Task};
@@ -48,16 +48,16 @@ pub fn exact(job: &Job, task: &Task, damping: f64, stage: Stage) -> Result<Solut
     let (values, _) = run(job, Factor::of(job, task, damping)?, &solver)?;
     let mut solution = task.certify(job, values)?;
     let nominal = groups.keep as f64 / groups.of as f64;
-    solution.certificate.bits = Some(Bits { exact: stored_bits(&dense, groups), nominal });
+    solution.certificate.bits = Some(Bits { exact: signs_bits(dense.cols, groups), nominal });
     Ok(solution)
 }
 
-/// Bits a weight as the format `signs n:m` stores it.
-fn stored_bits(dense: &Dense, groups: Groups) -> f64 {
-    let positions = (dense.cols / groups.of * Codes::new(groups).width).div_ceil(8);
-    let signs = (dense.cols / groups.of * groups.keep).div_ceil(8);
-    let scales = 2 * dense.cols.div_ceil(SCALE_COLUMNS);
-    8.0 * (positions + signs + scales) as f64 / dense.cols as f64
+/// Bits a weight of rows of `cols` as the format `signs n:m` stores them.
+pub fn signs_bits(cols: usize, groups: Groups) -> f64 {
+    let positions = (cols / groups.of * Codes::new(groups).width).div_ceil(8);
+    let signs = (cols / groups.of * groups.keep).div_ceil(8);
+    let scales = 2 * cols.div_ceil(SCALE_COLUMNS);
+    8.0 * (positions + signs + scales) as f64 / cols.max(1) as f64
 }
 
 struct Solver {

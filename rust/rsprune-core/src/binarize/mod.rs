@@ -19,7 +19,7 @@ mod sweep;
 
 pub use arb::arb;
 pub use billm::billm;
-pub use exact::{SCALE_COLUMNS, Stage, exact};
+pub use exact::{SCALE_COLUMNS, Stage, exact, signs_bits};
 pub use gptq::gptq;
 pub use pbs2p::pbs2p;
 
@@ -59,7 +59,7 @@ fn certify(
 }
 
 /// `keep` and `of` of the pattern; of a ratio (nothing is pruned) those of whole groups.
-fn groups_of(pattern: Pattern) -> crate::pack::Groups {
+pub fn groups_of(pattern: Pattern) -> crate::pack::Groups {
     match pattern {
         Pattern::KeepOf { keep, of } => crate::pack::Groups { keep, of },
         Pattern::Ratio { .. } => crate::pack::Groups { keep: 8, of: 8 },
