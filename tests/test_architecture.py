@@ -38,7 +38,7 @@ MIDDLE = {
 MIDDLE |= {"sources", "inspect", "model_config", "head", "scoring", "eval_plan", "eval_journal"}
 MIDDLE |= {"evaluate", "eval_tasks", "harness", "permute", "tune", "resume"}
 TOP = {"plan", "run", "demo", "verify", "tables", "card", "options", "cli", "estimate"}
-TOP |= {"layer_run", "allocate", "unused"}
+TOP |= {"layer_run", "survey", "allocate", "codes", "budget", "unused"}
 
 
 def short(path: Path) -> str:
@@ -174,8 +174,10 @@ LOWER = {
     "par": {"error"},
     "pattern": {"error"},
     "linalg": {"disk", "error", "float", "kernels", "par"},
+    "pack": {"error", "float", "pattern"},
     "shard": {"disk", "error", "float"},
     "solve": {"error", "float", "kernels", "par", "pattern", "linalg"},
+    "binarize": {"error", "float", "kernels", "par", "pattern", "linalg", "pack", "solve"},
 }
 """Module of the core -> what it may use."""
 

@@ -121,7 +121,7 @@ def test_closed_forms_minimise_the_objective() -> None:
     assert used.all()
     row.closed_forms(wanted, metric, 4000)
     expected = np.linalg.lstsq((row.phi @ root).T, wanted @ root, rcond=None)[0]
-    np.testing.assert_allclose(row.theta, expected, rtol=1e-4, atol=1e-6)
+    np.testing.assert_allclose(row.values(), expected @ row.phi, rtol=1e-4, atol=1e-6)
 
 
 def test_the_change_of_a_greedy_step_is_exact() -> None:

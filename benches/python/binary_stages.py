@@ -2,9 +2,9 @@
 
     python benches/python/binary_stages.py MODEL --calibration c4.jsonl [--layers 3 12 22]
 
-q, o, up and down projections of the chosen decoder layers, dense inputs, 12 windows of 2,048 (10 for
-the solvers, 2 held out): the path of `layer_error.py`. Geometric means over the matrices; the stages
-of `pbs2p-exact` are shown for every code.
+q, o, up and down projections of the chosen decoder layers, dense inputs, 12 windows of 2,048 (10
+for the solvers, 2 held out): the path of `layer_error.py`. Geometric means over the matrices; the
+stages of `pbs2p-exact` are shown for every code.
 """
 
 from __future__ import annotations
@@ -102,7 +102,9 @@ def main() -> None:
             break
     count = len(next(iter(rows.values())))
     print(f"geometric means over {count} matrices of layers {args.layers}\n")
-    print("| method | true bits | nominal | error | held out | seconds |\n|---|---|---|---|---|---|")
+    print(
+        "| method | true bits | nominal | error | held out | seconds |\n|---|---|---|---|---|---|"
+    )
     for name, found in rows.items():
         error, heldout = (mean([c[key] for c in found]) for key in ("error", "heldout_error"))
         exact_bits, nominal = (

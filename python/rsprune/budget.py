@@ -1,8 +1,8 @@
 """What is decided about all operators before the first is pruned, and kept in the journal.
 
-    --allocate       sparsity by layers              see `allocate`
-    pbs2p            N of N:8 by layers              see `codes`
-    pbs2p-exact      a code by operators             see `codes`
+--allocate       sparsity by layers              see `allocate`
+pbs2p            N of N:8 by layers              see `codes`
+pbs2p-exact      a code by operators             see `codes`
 """
 
 from __future__ import annotations
@@ -57,7 +57,10 @@ def decide(
         }
     curves = measure(prepared, windows, config, threads, progress)
     layers = allocate(curves, parse_pattern(config).sparsity)
-    return {"layers": layers, "curves": [curve and [curve.intercept, curve.slope] for curve in curves]}
+    return {
+        "layers": layers,
+        "curves": [curve and [curve.intercept, curve.slope] for curve in curves],
+    }
 
 
 def patterns(

@@ -1,19 +1,20 @@
 """Which code every operator of a binarizing method gets.
 
-PBS2P, by layers (published: the formula; ours: how c is found, and how far N may be from the target):
+PBS2P, by layers (published: the formula; ours: how c is found, how far N may be from the target):
 
     I_l = 1 - cos(input, output) of layer l, normalised to mean 1
     N_l = clamp(floor(N + c (I_l - 1) + 1/2), N - 2, N + 2),    mean of N_l over weights <= N
 
-The mean is no monotone function of c, so all c at which a layer's N changes are looked at, and of
-those with the mean closest to the target the largest is taken, instead of a bisection.
+The mean is no monotone function of c, so instead of a bisection all c at which a layer's N changes
+are looked at, up to that at which the first layer has an N at a bound (from there on layers only
+bunch at the bounds); of those with the mean closest to the target the largest is taken.
 
 PBS2P-exact, by operators (ours): a knapsack on losses that are measured code by code,
 
     min sum_o loss_o(code_o)    subject to    sum_o bits_o(code_o) <= bits * weights
 
-solved by its Lagrangian, `min loss + mu bits` operator by operator with mu by bisection; what is left
-of the budget goes to the changes that gain most per bit.
+solved by its Lagrangian, `min loss + mu bits` operator by operator with mu by bisection; what is
+left of the budget goes to the changes that gain most per bit.
 """
 
 from __future__ import annotations
@@ -77,12 +78,12 @@ def coarse(importance: Sequence[float], weights: Sequence[int], target: int) -> 
         raw = (math.floor(target + c * (i - 1) + 0.5) for i in importance)
         return [min(max(n, low), high) for n in raw]
 
+    distances = [abs(i - 1) for i in importance if abs(i - 1) > 1e-9]
     # Between two of these no N changes.
-    changes = {
-        (k + 0.5) / abs(i - 1) for i in importance if abs(i - 1) > 1e-9 for k in range(SPAN)
-    }
+    changes = {(k + 0.5) / distance for distance in distances for k in range(SPAN)}
+    last = (SPAN - 0.5) / max(distances, default=1.0)
     best = (0.0, 0.0, layers(0.0))
-    for c in sorted(changes):
+    for c in sorted(c for c in changes if c <= last):
         found = layers(c * (1 + 1e-9))
         short = sum(w * (target - n) for w, n in zip(weights, found, strict=True))
         if short >= 0 and (-short, c) >= best[:2]:
@@ -105,12 +106,10 @@ def losses(
                 choices = []
                 for code in CODES:
                     pattern = _core.Pattern(code, "row")
-                    task = Task(
-                        weight, operator.dtype, pattern, sums.calibration, sums.heldout
-                    )
-                    certificate = _core.pbs2p_exact(
-                        task, damping=config.damping, threads=threads
-                    )[1]
+                    task = Task(weight, operator.dtype, pattern, sums.calibration, sums.heldout)
+                    certificate = _core.pbs2p_exact(task, damping=config.damping, threads=threads)[
+                        1
+                    ]
                     heldout = certificate["heldout_error"]
                     loss = certificate["error"] if heldout is None else heldout
                     bits = certificate["true_bits"] * operator.rows * operator.columns

@@ -24,7 +24,5 @@ class BiLLM(Binarizer):
         self, operator: Operator, config: Config, *, model_type: str, threads: int | None
     ) -> Pruned:
         """See `Method.solve`."""
-        weight, certificate, packed = _core.billm(
-            operator, damping=config.damping, threads=threads
-        )
+        weight, certificate, packed = _core.billm(operator, damping=config.damping, threads=threads)
         return Pruned(weight, certificate, Packed(*packed))

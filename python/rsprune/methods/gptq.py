@@ -1,4 +1,4 @@
-"""GPTQ: evenly spaced levels, column by column with error feedback. The anchor of binary methods."""
+"""GPTQ: evenly spaced levels, column by column with error feedback; anchor of binary methods."""
 
 from __future__ import annotations
 

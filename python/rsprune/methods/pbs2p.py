@@ -2,8 +2,8 @@
 
     V = m o (alpha B + mu),  m keeps N of 8;   N of a layer: see `rsprune.codes`
 
-Published: the form, its closed forms, the choice of N. Reconstructed, as there is no public code and
-the text after the introduction could not be checked: see the core's `binarize/pbs2p.rs`.
+Published: the form, its closed forms, the choice of N. Reconstructed, as there is no public code
+and the text after the introduction could not be checked: see the core's `binarize/pbs2p.rs`.
 """
 
 from __future__ import annotations
@@ -36,7 +36,5 @@ class PBS2P(Binarizer):
         self, operator: Operator, config: Config, *, model_type: str, threads: int | None
     ) -> Pruned:
         """See `Method.solve`."""
-        weight, certificate, packed = _core.pbs2p(
-            operator, damping=config.damping, threads=threads
-        )
+        weight, certificate, packed = _core.pbs2p(operator, damping=config.damping, threads=threads)
         return Pruned(weight, certificate, Packed(*packed))

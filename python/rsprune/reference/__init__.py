@@ -4,8 +4,8 @@ They exist to be read next to a paper and to be compared with; tests and documen
 them, the package itself never does.
 """
 
-from rsprune.reference.admm import AdmmPoint, admm
 from rsprune.reference import binarize
+from rsprune.reference.admm import AdmmPoint, admm
 from rsprune.reference.binarize_published import arb, billm, gptq, pbs2p
 from rsprune.reference.certificate import quadratic_error, relative_error
 from rsprune.reference.fista import FistaPoint, fista

@@ -1,8 +1,8 @@
 """The sweep of the binarizing methods, and `pbs2p-exact`, row by row in float64.
 
-    H = R R^T, R upper;   E = T - V
-    exact compensation       T_b + F_b,  F_b = (sum_{a<b} E_a R_ab) R_bb^-1,   metric R_bb R_bb^T
-    published compensation   T_later -= (E_b / diag U_bb) U_b,later,  U = R^-1,    metric H_bb
+H = R R^T, R upper;   E = T - V
+exact compensation       T_b + F_b,  F_b = (sum_{a<b} E_a R_ab) R_bb^-1,   metric R_bb R_bb^T
+published compensation   T_later -= (E_b / diag U_bb) U_b,later,  U = R^-1,    metric H_bb
 """
 
 from __future__ import annotations
@@ -65,12 +65,13 @@ def exact(
     dtype: str,
     stage: str = "search",
 ) -> Matrix:
-    """`pbs2p-exact` of `weight [m, n]`, as `dtype` stores it; see the core's `binarize/exact.rs`."""
+    """`pbs2p-exact` of `weight [m, n]` as `dtype` stores it; see the core's `exact.rs`."""
 
     def solve(block: slice, targets: Matrix, metric: Matrix, diagonal: Matrix) -> Matrix:
         rows = [_row(t, metric, diagonal, keep, of, stage) for t in targets]
         scales = np.array([alpha for alpha, _ in rows])[:, None]
-        return rounded(scales, dtype) * np.array([code for _, code in rows])
+        codes = np.array([code for _, code in rows], np.float64)
+        return np.asarray(rounded(scales, dtype) * codes, np.float64)
 
     return sweep(
         weight, statistics, solve, width=SCALE_COLUMNS, damping=damping, published=stage == "static"

@@ -62,7 +62,7 @@ class Division:
 
 @dataclass
 class Row:
-    """`V = sum_k theta_k phi_k`: mean and signs of every part, residual signs of salient columns."""
+    """`V = sum_k theta_k phi_k`: mean and signs of every part, residual signs of salient ones."""
 
     theta: Matrix
     phi: Matrix
