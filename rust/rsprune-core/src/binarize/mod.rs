@@ -65,3 +65,6 @@ pub fn groups_of(pattern: Pattern) -> crate::pack::Groups {
         Pattern::Ratio { .. } => crate::pack::Groups { keep: 8, of: 8 },
     }
 }
+
+#[cfg(test)]
+mod tests;

@@ -158,3 +158,6 @@ fn check_finite(name: &'static str, part: &[u8]) -> Result<()> {
         }),
     }
 }
+
+#[cfg(test)]
+mod decided_tests;
