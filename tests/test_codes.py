@@ -56,7 +56,7 @@ def test_a_whole_run(
 def test_true_bits_stay_within_the_budget(
     tiny: Callable[..., Path], documents: Path, tmp_path: Path
 ) -> None:
-    for bits in (1.5, 1.7, 1.9):
+    for bits in (1.55, 1.9):
         out = run(tiny("llama"), tmp_path / f"{bits}", documents, method="pbs2p-exact", bits=bits)
         report = load_report(out)
         sizes = [record["shape"][0] * record["shape"][1] for record in report.tensors]
@@ -179,6 +179,14 @@ def test_refusals(name: str, tiny: Callable[..., Path]) -> None:
     options, message = REFUSED[name]
     with pytest.raises(UsageError, match=message):
         make_plan(tiny("llama"), Config.create(**OPTIONS, **options))
+
+
+def test_more_bits_than_there_are_codes_for_is_said(tiny: Callable[..., Path]) -> None:
+    config = Config.create(**OPTIONS, method="pbs2p-exact", bits=4.0)
+    warnings = make_plan(tiny("llama"), config).warnings
+    assert any("no code takes more than 2" in warning for warning in warnings)
+    enough = make_plan(tiny("llama"), config.model_copy(update={"bits": 1.9})).warnings
+    assert not any("option bits" in warning for warning in enough)
 
 
 def test_columns_that_are_no_whole_groups() -> None:

@@ -20,6 +20,7 @@ from typing import Any
 from rsprune import _core, methods
 from rsprune.config import Config
 from rsprune.data import calibration_windows, load_texts
+from rsprune.methods.pbs2p_exact import CODES
 from rsprune.plan import prepare
 from rsprune.skeleton import load_tokenizer
 from rsprune.survey import survey
@@ -32,7 +33,6 @@ STAGES = {
     "greedy": "+ places by exact change",
     "search": "+ group-code search",
 }
-CODES = ("2:8", "8:8", "3:8", "3:4", "4:8")
 DAMPING = 0.01
 Solve = Callable[[methods.Operator], dict[str, Any]]
 
@@ -43,7 +43,7 @@ def solvers() -> dict[str, tuple[str, Solve]]:
     for code in CODES:
         for stage, words in STAGES.items():
             found[f"pbs2p-exact {code}: {words}"] = code, exact(stage)
-    for pattern in ("4:8", "5:8", "6:8"):
+    for pattern in ("1:8", "2:8", "4:8", "5:8", "6:8"):  # the first two for their true bits
         found[f"pbs2p {pattern}"] = pattern, lambda op: _core.pbs2p(op, damping=DAMPING)[1]
     found["billm"] = "8:8", lambda op: _core.billm(op, damping=DAMPING)[1]
     found["arb"] = "8:8", lambda op: _core.arb(op, damping=DAMPING)[1]
@@ -69,6 +69,7 @@ def main() -> None:
     parser.add_argument("model", type=Path)
     parser.add_argument("--calibration", required=True)
     parser.add_argument("--layers", type=int, nargs="+", default=[3, 12, 22])
+    parser.add_argument("--only", default="", help="methods whose row begins so")
     parser.add_argument("--samples", type=int, default=12)
     parser.add_argument("--seq-len", type=int, default=2048)
     args = parser.parse_args()
@@ -91,6 +92,8 @@ def main() -> None:
                 operator = operators[seen.index, linear]
                 weight = prepared.checkpoint.lend(operator.name)
                 for name, (pattern, solve) in solvers().items():
+                    if not name.startswith(args.only):
+                        continue
                     task = methods.Operator(
                         weight, operator.dtype, _core.Pattern(pattern, "row"), sums.calibration,
                         sums.heldout,

@@ -7,6 +7,7 @@ from typing import Any
 
 import yaml
 
+from rsprune.methods import CODED
 from rsprune.report import Report, by_kind
 
 __all__ = ["model_card"]
@@ -44,7 +45,7 @@ def model_card(report: Report, *, source_card: str | None, base_model: str) -> s
     front = yaml.safe_dump(_front_matter(config, source_card, base_model), sort_keys=False)
     parts = [
         f"---\n{front}---\n",
-        f"# {_title(shown)}, pruned to {config.get('pattern')}\n",
+        f"# {_title(shown)}, {_target(report, config)}\n",
         _what_was_done(report, config, shown),
         LOAD,
         _certificate(report),
@@ -54,6 +55,12 @@ def model_card(report: Report, *, source_card: str | None, base_model: str) -> s
     return "\n".join(parts)
 
 
+def _target(report: Report, config: dict[str, Any]) -> str:
+    if (bits := report.true_bits) is not None:
+        return f"{bits:.2f} bits a weight where it is packed"
+    return f"pruned to {config.get('pattern')}"
+
+
 def _front_matter(config: dict[str, Any], source_card: str | None, base: str) -> dict[str, Any]:
     front: dict[str, Any] = {"library_name": "transformers"}
     if HUB_ID.fullmatch(base):
@@ -61,6 +68,8 @@ def _front_matter(config: dict[str, Any], source_card: str | None, base: str) ->
     source = _read_front_matter(source_card or "")
     front |= {key: source[key] for key in LICENCE_KEYS if key in source}
     tags = ["pruned", "rsprune", config.get("pattern"), config.get("method")]
+    if config.get("method") in CODED:
+        tags = ["quantized", "rsprune", config.get("method")]
     front["tags"] = [str(tag) for tag in tags if tag]
     return front
 
@@ -83,6 +92,15 @@ def _title(base_model: str) -> str:
 
 def _what_was_done(report: Report, config: dict[str, Any], base_model: str) -> str:
     run, summary = report.run, report.summary or {}
+    if report.true_bits is not None:
+        nominal = [record["nominal_bits"] for record in report.tensors if "nominal_bits" in record]
+        return (
+            f"`{base_model}` ({run.get('architecture')}, {run.get('layers')} decoder layers), "
+            f"coded by rsprune {run.get('version')} with the method `{config.get('method')}`: "
+            f"packed, {len(report.tensors)} tensors take {report.true_bits:.3f} bits a weight, "
+            f"everything counted (nominal, as papers count: {min(nominal):.2f} to "
+            f"{max(nominal):.2f}). {_what_else(config)}\n"
+        )
     weights, zeros = summary.get("weights") or 0, summary.get("zeros") or 0
     share = f", {zeros / weights:.1%} of these weights are zero" if weights else ""
     return (

@@ -61,7 +61,7 @@ def run_options(
     correction: Annotated[Fraction, Option(help="Target dense: share of drift made up.")] = None,
     refit: Annotated[bool | None, Option(help="Solve kept weights again afterwards.")] = None,
     search: Annotated[bool | None, Option(help="Search better masks afterwards.")] = None,
-    damping: Annotated[Fraction, Option(help="SparseGPT, ADMM: relative to the diagonal.")] = None,
+    damping: Annotated[Fraction, Option(help="SparseGPT, ADMM, codes: relative.")] = None,
     rho_schedule: Annotated[Text, Option(help="ADMM: published or slow.")] = None,
     budget: Annotated[Number, Option(help="Best: products with the Gram an operator.")] = None,
     warm_start: Annotated[Text, Option(help="FISTA: auto, wanda or sparsegpt.")] = None,

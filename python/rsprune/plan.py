@@ -107,6 +107,9 @@ def prepare(folder: Path, config: Config, out: Path | None) -> Prepared:
     stream = Stream(skeleton)
     opening = stream.open(config.seq_len)
     operators, ignored = _operators(skeleton, opening, config, pattern)
+    notes = list(unused_options(config, inputs))
+    if isinstance(method, methods.Binarizer):
+        notes += method.check_shapes([(o.rows, o.columns) for o in operators], config)
     memory = _memory(skeleton, opening, inputs, config, operators)
     limit = config.memory or memory_limit()
     peak, spill = _fit(memory, limit)
@@ -123,7 +126,7 @@ def prepare(folder: Path, config: Config, out: Path | None) -> Prepared:
         memory_limit=limit,
         spill=spill,
         passes=_passes(inputs, config),
-        warnings=[*_warnings(skeleton, operators, config), *unused_options(config, inputs)],
+        warnings=[*_warnings(skeleton, operators, config), *notes],
     )
     scratch = 2 * _pruned_bytes(skeleton, operators, experts=True)
     _check_disk(plan, out, scratch + sum(memory[name] for name in spill))
@@ -179,9 +182,6 @@ def _operators(
                 )
     if not operators:
         raise UsageError(f"ignore {list(config.ignore)}: nothing is left to prune")
-    method = methods.get(config.method)
-    if isinstance(method, methods.Binarizer):
-        method.check_shapes([(o.rows, o.columns) for o in operators], config)
     return operators, ignored
 
 

