@@ -41,7 +41,7 @@ MIDDLE |= {"sources", "inspect", "model_config", "head", "scoring", "eval_plan",
 MIDDLE |= {"evaluate", "eval_tasks", "harness", "permute", "tune", "resume"}
 MIDDLE |= {"packed_linear", "hf"}
 TOP = {"plan", "run", "demo", "verify", "tables", "card", "options", "cli", "estimate"}
-TOP |= {"layer_run", "allocate", "unused", "export"}
+TOP |= {"layer_run", "survey", "allocate", "codes", "budget", "unused", "export"}
 
 
 def short(path: Path) -> str:
@@ -181,6 +181,7 @@ LOWER = {
     "pack": {"error", "float", "pattern"},
     "packed": {"error", "float", "kernels", "linalg", "pack", "par"},
     "solve": {"error", "float", "kernels", "par", "pattern", "linalg"},
+    "binarize": {"error", "float", "kernels", "par", "pattern", "linalg", "pack", "solve"},
 }
 """Module of the core -> what it may use."""
 

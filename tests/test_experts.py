@@ -331,6 +331,7 @@ OPTIONS: dict[str, Any] = {"samples": 6, "seq_len": 32, "heldout": 0.34, "thread
 CHOICES: dict[str, dict[str, Any]] = {
     "tuned": {"method": "wanda", "tune_block": True, "tune_steps": 4},
     "allocated": {"method": "sparsegpt", "pattern": "70%", "allocate": True},
+    "coded": {"method": "pbs2p-exact", "bits": 2.2},
     "best": {"method": "best", "budget": 1},
     "polished": {"method": "sparsegpt", "refit": True, "search": True},
     "corrected": {"method": "sparsegpt", "target": "dense", "correction": 0.5},

@@ -17,20 +17,26 @@ __all__ = [
     "Statistics",
     "__version__",
     "admm",
+    "arb",
     "best",
+    "billm",
     "checkpoint_index",
     "default_threads",
     "exchange",
     "fista",
     "fista_plus",
+    "gptq",
     "group_channels",
     "kernel_name",
     "magnitude",
     "pack",
     "pack_format",
     "pack_layout",
+    "pbs2p",
+    "pbs2p_exact",
     "plan_shard",
     "polish",
+    "signs_bits",
     "sparsegpt",
     "unpack",
     "wanda",
@@ -55,6 +61,7 @@ class _Operator(Protocol):
     def heldout(self) -> Statistics | None: ...
 
 _Pruned = tuple[NDArray[Any], dict[str, Any]]
+_Packed = tuple[NDArray[Any], dict[str, Any], tuple[str, dict[str, NDArray[Any]]]]
 
 def default_threads() -> int: ...
 def kernel_name() -> str: ...
@@ -136,6 +143,16 @@ def polish(
     search: bool,
     threads: int | None = None,
 ) -> _Pruned: ...
+def pbs2p_exact(
+    operator: _Operator, *, damping: float, stage: str = "search", threads: int | None = None
+) -> _Pruned: ...
+def pbs2p(operator: _Operator, *, damping: float, threads: int | None = None) -> _Packed: ...
+def billm(operator: _Operator, *, damping: float, threads: int | None = None) -> _Packed: ...
+def arb(operator: _Operator, *, damping: float, threads: int | None = None) -> _Packed: ...
+def gptq(
+    operator: _Operator, *, damping: float, bits: int, threads: int | None = None
+) -> _Packed: ...
+def signs_bits(pattern: Pattern, columns: int) -> float: ...
 def group_channels(
     operator: _Operator, *, segment: int, repeats: int, threads: int | None = None
 ) -> NDArray[np.int64]: ...

@@ -7,6 +7,7 @@ from typing import Any
 
 import yaml
 
+from rsprune.methods import CODED
 from rsprune.report import Report, by_kind
 
 __all__ = ["model_card"]
@@ -66,7 +67,7 @@ def model_card(report: Report, *, source_card: str | None, base_model: str) -> s
     parts = [
         f"---\n{front}---\n",
         *([NEEDED] if report.packed else []),
-        f"# {_title(shown)}, pruned to {config.get('pattern')}\n",
+        f"# {_title(shown)}, {_target(report, config)}\n",
         _what_was_done(report, config, shown),
         LOAD_PACKED if report.packed else LOAD,
         _certificate(report),
@@ -74,6 +75,12 @@ def model_card(report: Report, *, source_card: str | None, base_model: str) -> s
         _recipe(report, config, shown),
     ]
     return "\n".join(parts)
+
+
+def _target(report: Report, config: dict[str, Any]) -> str:
+    if (bits := report.packed_bits) is not None:
+        return f"{bits:.2f} bits a weight where it is packed"
+    return f"pruned to {config.get('pattern')}"
 
 
 def _front_matter(
@@ -84,11 +91,12 @@ def _front_matter(
         front["base_model"] = base  # the hub refuses a card whose base_model is a local path
     source = _read_front_matter(source_card or "")
     front |= {key: source[key] for key in LICENCE_KEYS if key in source}
+    coded = config.get("method") in CODED
     tags = [
-        "pruned",
+        "quantized" if coded else "pruned",
         "rsprune",
         *(["packed"] if packed else []),
-        config.get("pattern"),
+        None if coded else config.get("pattern"),
         config.get("method"),
     ]
     front["tags"] = [str(tag) for tag in tags if tag]
@@ -113,6 +121,15 @@ def _title(base_model: str) -> str:
 
 def _what_was_done(report: Report, config: dict[str, Any], base_model: str) -> str:
     run, summary = report.run, report.summary or {}
+    if report.packed_bits is not None:
+        nominal = [record["nominal_bits"] for record in report.tensors if "nominal_bits" in record]
+        return (
+            f"`{base_model}` ({run.get('architecture')}, {run.get('layers')} decoder layers), "
+            f"coded by rsprune {run.get('version')} with the method `{config.get('method')}`: "
+            f"packed, {len(report.tensors)} tensors take {report.packed_bits:.3f} bits a weight, "
+            f"everything counted (nominal, as papers count: {min(nominal):.2f} to "
+            f"{max(nominal):.2f}). {_what_else(config)}\n"
+        )
     weights, zeros = summary.get("weights") or 0, summary.get("zeros") or 0
     share = f", {zeros / weights:.1%} of these weights are zero" if weights else ""
     return (

@@ -29,6 +29,8 @@ class Config(BaseModel):
     """Name in the registry of methods."""
     pattern: str = "2:4"
     """`keep:of` with groups of 4, 8 or 16, or a sparsity such as `50%` or `0.5`."""
+    bits: float | None = Field(default=None, gt=0.0)
+    """PBS2P-exact: true bits a weight, all operators together (1); GPTQ: 2, 3 or 4 (4)."""
     scope: Literal["row", "matrix"] | None = None
     """Over what a sparsity is counted."""
     allocate: bool = False
@@ -71,7 +73,7 @@ class Config(BaseModel):
     """Whether a local search over the mask follows the method, guarded by held-out error."""
 
     damping: float = Field(default=0.01, ge=0.0, le=1.0)
-    """SparseGPT, ADMM: added to the Gram's diagonal, relative to its mean."""
+    """SparseGPT, ADMM, binary methods: added to the Gram's diagonal, relative to its mean."""
     rho_schedule: Literal["published", "slow"] = "slow"
     """ADMM: how fast the penalty grows; slow takes twice the iterations."""
     budget: int = Field(default=330, ge=1)

@@ -17,10 +17,11 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from rsprune import _core, methods
+from rsprune import _core, budget, methods
 from rsprune.config import Config
 from rsprune.experts import ExpertLinear
 from rsprune.methods.base import Inputs
+from rsprune.methods.pbs2p_exact import CODES
 from rsprune.plan import Plan, Prepared
 from rsprune.skeleton import Skeleton
 
@@ -96,8 +97,11 @@ def stages(prepared: Prepared, config: Config, speeds: Speeds) -> list[Stage]:
         Stage("propagate", propagate * forward, 0, 0),
         Stage("write", weights / DISK_BYTES_PER_SECOND, 0, weights),
     ]
-    if config.allocate:
-        found.insert(1, Stage("allocate", 8 * 2 / config.samples * forward, weights, 0))
+    if budget.is_needed(config):
+        seconds = 8 * 2 / config.samples * forward
+        if config.method == "pbs2p-exact":
+            seconds += len(CODES) * products * steps / speeds.solver
+        found.insert(1, Stage("allocate", seconds, weights, 0))
     if config.tune_block:
         # Backward is two forward passes; a window is judged once a pass over all.
         tuned = 3.2 * config.tune_steps * config.tune_batch / config.samples * forward

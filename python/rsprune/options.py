@@ -27,9 +27,16 @@ Fraction = float | None
 def run_options(
     recipe: Annotated[Path | None, Option(help="File of these options; explicit ones win.")] = None,
     method: Annotated[
-        Text, Option(help="best, admm, fista-plus, fista, sparsegpt, wanda, magnitude.")
+        Text,
+        Option(
+            help="best, admm, fista-plus, fista, sparsegpt, wanda, magnitude; pbs2p-exact, pbs2p, "
+            "billm, arb, gptq."
+        ),
     ] = None,
     pattern: Annotated[Text, Option(help="keep:of (2:4, 4:8, ...) or a sparsity (50%).")] = None,
+    bits: Annotated[
+        Fraction, Option(help="PBS2P-exact: true bits a weight; GPTQ: 2, 3 or 4.")
+    ] = None,
     scope: Annotated[Text, Option(help="Over what a sparsity counts: row or matrix.")] = None,
     allocate: Annotated[
         bool | None, Option(help="Spread a ratio over layers by measured error curves.")
@@ -58,7 +65,7 @@ def run_options(
     ] = None,
     refit: Annotated[bool | None, Option(help="Solve kept weights again afterwards.")] = None,
     search: Annotated[bool | None, Option(help="Search better masks afterwards.")] = None,
-    damping: Annotated[Fraction, Option(help="SparseGPT, ADMM: relative to the diagonal.")] = None,
+    damping: Annotated[Fraction, Option(help="SparseGPT, ADMM, codes: relative.")] = None,
     rho_schedule: Annotated[Text, Option(help="ADMM: published or slow.")] = None,
     budget: Annotated[Number, Option(help="Best: products with the Gram an operator.")] = None,
     warm_start: Annotated[Text, Option(help="FISTA: auto, wanda or sparsegpt.")] = None,

@@ -108,6 +108,9 @@ def prepare(folder: Path, config: Config, out: Path | None) -> Prepared:
     stream = Stream(skeleton)
     opening = stream.open(config.seq_len)
     operators, ignored = _operators(skeleton, opening, config, pattern)
+    notes = list(unused_options(config, inputs))
+    if isinstance(method, methods.Binarizer):
+        notes += method.check_shapes([(o.rows, o.columns) for o in operators], config)
     memory = _memory(skeleton, opening, inputs, config, operators)
     limit = config.memory or memory_limit()
     peak, spill = _fit(memory, limit)
@@ -124,7 +127,7 @@ def prepare(folder: Path, config: Config, out: Path | None) -> Prepared:
         memory_limit=limit,
         spill=spill,
         passes=_passes(inputs, config),
-        warnings=[*_warnings(skeleton, operators, config), *unused_options(config, inputs)],
+        warnings=[*_warnings(skeleton, operators, config), *notes],
     )
     scratch = 2 * _pruned_bytes(skeleton, operators, experts=True)
     _check_disk(plan, out, scratch + sum(memory[name] for name in spill))
@@ -133,7 +136,10 @@ def prepare(folder: Path, config: Config, out: Path | None) -> Prepared:
 
 def parse_pattern(config: Config) -> _core.Pattern:
     """The pattern of the configuration, with the method's scope unless the user chose one."""
-    scope = config.scope or methods.get(config.method).scope
+    method = methods.get(config.method)
+    if isinstance(method, methods.Binarizer):
+        return _core.Pattern(method.check(config), method.scope)
+    scope = config.scope or method.scope
     if config.allocate:
         if ":" in config.pattern:
             raise UsageError(
@@ -340,6 +346,8 @@ def _passes(inputs: Inputs, config: Config) -> str:
         parts[-1] += " + 1 partial" if inputs.true_sequential else " + 1 whole"
     if config.allocate:
         parts.append("budget a few windows 4 times")
+    elif config.method in ("pbs2p", "pbs2p-exact"):
+        parts.append("choice of codes a few windows once")
     if config.tune_block:
         # A backward pass takes as long as two forward ones.
         passes = 3 * config.tune_steps * config.tune_batch / config.samples

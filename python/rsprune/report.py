@@ -30,6 +30,7 @@ TYPES: dict[str, tuple[type, ...]] = {
     "stored_bytes": (int,),
     "true_bits": (float, int),
     "nominal_bits": (float, int),
+    "packed_bits": (float, int),
     "sparsity": (float, int),
 }
 """What a value must be, wherever it stands: a report is read from folders of strangers."""
@@ -135,6 +136,11 @@ class Report:
             text += f", {whole * 8 / parameters:.3f} of the whole model"
         nominal = _mean_bits(self.tensors, "nominal_bits")
         return text if nominal is None else f"{text} (nominally {nominal:.3f} of the linears)"
+
+    @property
+    def packed_bits(self) -> float | None:
+        """Bits a weight of all tensors together, packed, everything counted; None if not coded."""
+        return _mean_bits(self.tensors, "packed_bits")
 
     @property
     def few_tokens(self) -> str | None:

@@ -28,8 +28,7 @@ from typing import Any
 import torch
 import transformers
 
-from rsprune import _core, methods
-from rsprune.allocate import allocate, exact_patterns, measure
+from rsprune import _core, budget, methods
 from rsprune.calibrate import LayerJob
 from rsprune.card import model_card
 from rsprune.config import Config
@@ -211,21 +210,18 @@ class _Run:
 
     def _patterns(self) -> dict[str, _core.Pattern]:
         """What every operator is pruned to, by the name of its weight."""
-        pattern, operators = parse_pattern(self.config), self.plan.operators
-        if not self.config.allocate:
-            return {operator.name: pattern for operator in operators}
+        operators = self.plan.operators
+        if not budget.is_needed(self.config):
+            return dict.fromkeys((o.name for o in operators), parse_pattern(self.config))
         if known := self._done("allocation"):
-            return exact_patterns(operators, known[0]["layers"], pattern.sparsity)
+            return budget.patterns(known[0], operators, self.config)
         with self.timing.stage("allocate"):
             self.progress.stage("allocate", self.plan.layers)
-            curves = measure(self.prepared, self.windows, self.config, self.threads, self.progress)
-            layers = allocate(curves, pattern.sparsity)
-        self.journal.write(
-            "allocation",
-            layers=layers,
-            curves=[curve and [curve.intercept, curve.slope] for curve in curves],
-        )
-        return exact_patterns(operators, layers, pattern.sparsity)
+            decided = budget.decide(
+                self.prepared, self.windows, self.config, self.threads, self.progress
+            )
+        self.journal.write("allocation", **decided)
+        return budget.patterns(decided, operators, self.config)
 
     def _write_layer(
         self, output: OutputFolder, index: int, dense: Windows, own: Windows

@@ -8,7 +8,8 @@ from rsprune.config import Config
 from rsprune.methods.base import Inputs
 
 METHODS = {
-    "damping": ("sparsegpt", "admm", "fista"),
+    "bits": ("pbs2p-exact", "gptq"),
+    "damping": ("sparsegpt", "admm", "fista", "pbs2p", "pbs2p-exact", "billm", "arb", "gptq"),
     "rho_schedule": ("admm",),
     "budget": ("best",),
     "warm_start": ("fista",),

@@ -5,18 +5,26 @@ from __future__ import annotations
 from rsprune.config import Config
 from rsprune.errors import UsageError
 from rsprune.methods.admm import Admm
+from rsprune.methods.arb import ARB
 from rsprune.methods.base import Inputs, Method, Operator, Packed, Pruned
 from rsprune.methods.best import Best
-from rsprune.methods.few_tokens import DATA_FREE, too_few
+from rsprune.methods.billm import BiLLM
+from rsprune.methods.binarizer import Binarizer
+from rsprune.methods.few_tokens import CODED, DATA_FREE, too_few
 from rsprune.methods.fista import Fista
 from rsprune.methods.fista_plus import FistaPlus
+from rsprune.methods.gptq import GPTQ
 from rsprune.methods.magnitude import Magnitude
+from rsprune.methods.pbs2p import PBS2P
+from rsprune.methods.pbs2p_exact import PBS2PExact
 from rsprune.methods.polish import polish
 from rsprune.methods.sparsegpt import SparseGPT
 from rsprune.methods.wanda import Wanda
 
 __all__ = [
+    "CODED",
     "DATA_FREE",
+    "Binarizer",
     "Inputs",
     "Method",
     "Operator",
@@ -31,6 +39,7 @@ __all__ = [
 
 _ALL: tuple[Method, ...] = (
     Magnitude(), Wanda(), SparseGPT(), Fista(), FistaPlus(), Admm(), Best(),
+    PBS2P(), PBS2PExact(), BiLLM(), ARB(), GPTQ(),
 )  # fmt: skip
 _METHODS = {method.name: method for method in _ALL}
 

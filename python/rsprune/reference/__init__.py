@@ -4,7 +4,9 @@ They exist to be read next to a paper and to be compared with; tests and documen
 them, the package itself never does.
 """
 
+from rsprune.reference import binarize
 from rsprune.reference.admm import AdmmPoint, admm
+from rsprune.reference.binarize_published import arb, billm, gptq, pbs2p
 from rsprune.reference.certificate import quadratic_error, relative_error
 from rsprune.reference.fista import FistaPoint, fista
 from rsprune.reference.fista_plus import fista_plus
@@ -27,11 +29,16 @@ __all__ = [
     "Scaled",
     "Statistics",
     "admm",
+    "arb",
+    "billm",
+    "binarize",
     "fista",
     "fista_plus",
+    "gptq",
     "local_search",
     "magnitude",
     "narrow",
+    "pbs2p",
     "polish",
     "quadratic_error",
     "refit",

@@ -2,8 +2,10 @@
 //!
 //! Layers, lowest first; a module uses only those above it in this list:
 //! `error`, `disk`, `par` | `kernels` (matrix tiles) | `linalg` (GEMM, Gram, Cholesky) | `pattern` |
-//! `pack` (packed weights) | `packed` (products with them) | `solve` (the methods) and, beside them, `shard` (safetensors files).
+//! `pack` (packed weights) | `packed` (products with them) | `solve` (the methods) | `binarize` (a
+//! bit or a few a weight) and, beside them, `shard` (safetensors files).
 
+pub mod binarize;
 pub mod disk;
 pub mod error;
 pub mod float;

@@ -1,5 +1,6 @@
 //! `rsprune._core`: exports only. Each module translates, detaches, calls the core, translates back.
 
+mod binarize;
 mod buffers;
 mod enter;
 mod errors;
@@ -20,5 +21,6 @@ fn _core(m: &Bound<'_, PyModule>) -> PyResult<()> {
     solve::register(m)?;
     pack::register(m)?;
     packed::register(m)?;
+    binarize::register(m)?;
     shard::register(m)
 }

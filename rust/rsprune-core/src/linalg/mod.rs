@@ -18,4 +18,4 @@ pub use gram::GramSum;
 pub use inverse::invert;
 pub use pack::{PackedB, Scratch};
 pub use power::largest_eigenvalue;
-pub use triangular::solve_rows;
+pub use triangular::{invert_upper, solve_rows};

@@ -4,12 +4,18 @@
 //! from the format's name, the weight's type and its shape ([`Format::layout`]), so sizes are known
 //! before a weight is. [`unpack`] gives back what [`pack`] was given, bit for bit, or an error: parts
 //! come from files of strangers. Everything is little-endian bytes here, as it lies in files.
+//!
+//! `keep-of`, `bitmap` and `signs` can be worked out from a weight. What the other formats hold only
+//! the solver knows that made the weight: it calls their own `pack`.
 
+pub mod binary;
 mod bitmap;
 pub mod bits;
 mod keep_of;
 mod positions;
+pub mod row_column;
 mod signs;
+pub mod uniform;
 
 pub use bitmap::Bitmap;
 pub use positions::{Codes, Groups, spent};
@@ -33,6 +39,12 @@ pub enum Format {
     Bitmap(Bitmap),
     /// `signs 2:8`: one sign a kept weight, a scale for 256 columns of a row.
     Signs(Groups),
+    /// `binary 6:8`: signs, residual signs, magnitude groups and means, as in BiLLM and PBS2P.
+    Binary(Groups),
+    /// `row-column`: one sign a weight, scales of rows and of columns.
+    RowColumn,
+    /// `uniform 3`: so many bits a weight, a scale and a zero for 128 columns of a row.
+    Uniform(usize),
 }
 
 /// The weight that is packed: its type and shape.
@@ -122,13 +134,19 @@ impl Format {
     /// Reads a name such as `keep-of 2:4`.
     pub fn parse(text: &str) -> Result<Format> {
         let unknown = || {
-            let known = "keep-of n:m, bitmap COUNT, signs n:m";
+            let known =
+                "keep-of n:m, bitmap COUNT, signs n:m, binary n:m, row-column, uniform BITS";
             Error::Pattern(format!("packed format {text:?}: unknown, expected one of {known}"))
         };
+        if text == "row-column" {
+            return Ok(Format::RowColumn);
+        }
         let (name, argument) = text.split_once(' ').ok_or_else(unknown)?;
         match name {
             "keep-of" => Ok(Format::KeepOf(groups(text, argument, &[4, 8, 16])?)),
             "signs" => Ok(Format::Signs(groups(text, argument, &[4, 8])?)),
+            "binary" => Ok(Format::Binary(groups(text, argument, &[4, 8])?)),
+            "uniform" => Ok(Format::Uniform(number(argument).ok_or_else(unknown)?)),
             "bitmap" => {
                 let values = number(argument).ok_or_else(unknown)?;
                 Ok(Format::Bitmap(Bitmap { values }))
@@ -158,6 +176,9 @@ impl Format {
             Format::KeepOf(groups) => keep_of::layout(dense, *groups),
             Format::Bitmap(bitmap) => bitmap.layout(dense),
             Format::Signs(groups) => signs::layout(dense, *groups),
+            Format::Binary(groups) => binary::layout(dense, *groups),
+            Format::RowColumn => row_column::layout(dense),
+            Format::Uniform(width) => uniform::layout(dense, *width),
         }
     }
 }
@@ -168,6 +189,9 @@ impl fmt::Display for Format {
             Format::KeepOf(Groups { keep, of }) => write!(f, "keep-of {keep}:{of}"),
             Format::Bitmap(Bitmap { values }) => write!(f, "bitmap {values}"),
             Format::Signs(Groups { keep, of }) => write!(f, "signs {keep}:{of}"),
+            Format::Binary(Groups { keep, of }) => write!(f, "binary {keep}:{of}"),
+            Format::RowColumn => write!(f, "row-column"),
+            Format::Uniform(width) => write!(f, "uniform {width}"),
         }
     }
 }
@@ -182,6 +206,10 @@ pub fn pack(weight: &[u8], dense: &Dense, format: &Format) -> Result<Vec<Vec<u8>
         Format::KeepOf(groups) => keep_of::pack(weight, dense, *groups),
         Format::Bitmap(bitmap) => bitmap.pack(weight, dense),
         Format::Signs(groups) => signs::pack(weight, dense, *groups),
+        Format::Binary(_) | Format::RowColumn | Format::Uniform(_) => {
+            let reason = "is packed by the method that made it, not from the weight's values";
+            Err(Error::Pattern(format!("packed format {format}: {reason}")))
+        }
     }
 }
 
@@ -195,7 +223,7 @@ pub fn unpack(
     format: &Format,
     rows: Range<usize>,
 ) -> Result<Vec<u8>> {
-    check_parts(parts, dense, format, &rows)?;
+    check(parts, dense, format, &rows)?;
     let mut out = vec![0; rows.len() * dense.row_bytes()];
     unpack_into(parts, dense, format, rows, &mut out)?;
     Ok(out)
@@ -213,29 +241,21 @@ pub fn unpack_into(
     rows: Range<usize>,
     out: &mut [u8],
 ) -> Result<()> {
-    check_parts(parts, dense, format, &rows)?;
+    check(parts, dense, format, &rows)?;
     length("rows to unpack", out.len(), rows.len() * dense.row_bytes())?;
     match format {
         Format::KeepOf(groups) => keep_of::unpack(parts, dense, *groups, rows, out),
         Format::Bitmap(bitmap) => bitmap.unpack(parts, dense, rows, out),
         Format::Signs(groups) => signs::unpack(parts, dense, *groups, rows, out),
+        Format::Binary(groups) => binary::unpack(parts, dense, *groups, rows, out),
+        Format::RowColumn => row_column::unpack(parts, dense, rows, out),
+        Format::Uniform(width) => uniform::unpack(parts, dense, *width, rows, out),
     }
 }
 
 /// Refuses parts of other lengths than the layout's, and rows that are not there.
-fn check_parts(parts: &[&[u8]], dense: &Dense, format: &Format, rows: &Range<usize>) -> Result<()> {
-    let expected = format.layout(dense)?;
-    if parts.len() != expected.len() {
-        let names: Vec<_> = expected.iter().map(|part| part.name).collect();
-        return Err(Error::Shape {
-            what: format!("parts of {format}"),
-            expected: names.join(", "),
-            found: format!("{} of them", parts.len()),
-        });
-    }
-    for (part, bytes) in expected.iter().zip(parts) {
-        length(part.name, bytes.len(), part.nbytes)?;
-    }
+fn check(parts: &[&[u8]], dense: &Dense, format: &Format, rows: &Range<usize>) -> Result<()> {
+    check_parts(parts, &format.layout(dense)?)?;
     if rows.start > rows.end || rows.end > dense.rows {
         return Err(Error::Shape {
             what: "rows".into(),
@@ -284,5 +304,50 @@ fn at(part: &'static str, row: usize, reason: impl fmt::Display) -> Error {
     Error::Packed { part, reason: format!("row {row}: {reason}") }
 }
 
+/// Bits a weight takes when it is stored as `layout` says, everything counted.
+pub fn true_bits(layout: &[Part], dense: &Dense) -> f64 {
+    let nbytes: usize = layout.iter().map(|part| part.nbytes).sum();
+    8.0 * nbytes as f64 / (dense.rows * dense.cols) as f64
+}
+
+/// Refuses parts whose number or lengths are not those of the layout.
+fn check_parts(parts: &[&[u8]], layout: &[Part]) -> Result<()> {
+    if parts.len() != layout.len() {
+        let names: Vec<_> = layout.iter().map(|part| part.name).collect();
+        let (expected, found) = (names.join(", "), format!("{} of them", parts.len()));
+        return Err(Error::Shape { what: "parts".into(), expected, found });
+    }
+    let mut pairs = layout.iter().zip(parts);
+    pairs.try_for_each(|(part, bytes)| length(part.name, bytes.len(), part.nbytes))
+}
+
+/// Writes `value` as `float` stores it; a zero has no sign.
+fn store(float: Float, value: f32, out: &mut [u8]) {
+    let value = float.round(value);
+    let value = if value == 0.0 { 0.0 } else { value };
+    match float {
+        Float::F32 => out.copy_from_slice(&value.to_le_bytes()),
+        _ => out.copy_from_slice(&float.to_bits(value).to_le_bytes()),
+    }
+}
+
+/// Number `i` of a part of F16.
+fn half(part: &[u8], i: usize) -> f32 {
+    Float::F16.from_bits(u16::from_le_bytes([part[2 * i], part[2 * i + 1]]))
+}
+
+/// Refuses NaN and infinity among the numbers of a part of F16.
+fn check_finite(name: &'static str, part: &[u8]) -> Result<()> {
+    match (0..part.len() / 2).find(|i| !half(part, *i).is_finite()) {
+        None => Ok(()),
+        Some(i) => Err(Error::Packed {
+            part: name,
+            reason: format!("expected finite numbers, found {} at {i}", half(part, i)),
+        }),
+    }
+}
+
+#[cfg(test)]
+mod decided_tests;
 #[cfg(test)]
 mod tests;

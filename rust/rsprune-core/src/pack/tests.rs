@@ -184,10 +184,7 @@ fn broken_parts_are_refused_by_name() {
         "mask: row 1: expected zero bits after the last item, found ones"
     );
     assert_eq!(keep_of(|p| p[0].truncate(3)), "values: expected 8 bytes, found 3 bytes");
-    assert_eq!(
-        keep_of(|p| p.truncate(1)),
-        "parts of keep-of 2:4: expected values, mask, found 1 of them"
-    );
+    assert_eq!(keep_of(|p| p.truncate(1)), "parts: expected values, mask, found 1 of them");
     let bitmap = |damage: fn(&mut Vec<Vec<u8>>)| refusal("bitmap 5", &pruned, damage);
     assert_eq!(bitmap(|p| p[1][0] = 0), "mask: expected 5 bits, found 2");
     assert!(bitmap(|p| p[1][1] = 0x80).starts_with("mask: row 1: expected zero bits after"));

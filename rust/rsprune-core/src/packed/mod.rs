@@ -141,7 +141,8 @@ impl Linear {
     /// Reads what a call needs to know beforehand. `parts` are those of the format's layout.
     ///
     /// # Errors
-    /// Parts of other sizes, or a bitmap that has another number of bits than values.
+    /// A format without kernels, parts of other sizes, or a bitmap that has another number of bits
+    /// than values.
     pub fn new(kernel: Kernel, format: &Format, dense: Dense, parts: &[&[u8]]) -> Result<Linear> {
         let nbytes: Vec<_> = format.layout(&dense)?.iter().map(|part| part.nbytes).collect();
         let kind = match format {
@@ -152,6 +153,9 @@ impl Linear {
             Format::Bitmap(_) => Kind::Values { starts: vec![] },
             Format::Signs(groups) => {
                 Kind::Signs { table: Table::new(*groups), step: 8 * groups.keep / groups.of }
+            }
+            Format::Binary(_) | Format::RowColumn | Format::Uniform(_) => {
+                return Err(Error::Option(format!("packed format {format}: has no kernels")));
             }
         };
         let mut linear = Linear { path: Path::beside(&kernel), kernel, dense, nbytes, kind };
