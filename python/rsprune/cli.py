@@ -253,6 +253,33 @@ def _evaluate_tasks(
         print(found.table)
 
 
+@app.command()
+def export(
+    folder: Annotated[Path, Argument(help="Folder of a checkpoint.")],
+    target: Annotated[Path, Argument(help="File to write: NAME.gguf.")],
+    *,
+    type_: Annotated[
+        str, Option("--type", help="F16, BF16, F32; lossless or refused: TQ1_0, TQ2_0, Q1_0.")
+    ],
+    overwrite: Annotated[bool, Option("--overwrite", help="TARGET may exist.")] = False,
+    json: Json = False,
+    quiet: Quiet = False,
+) -> None:
+    """Write a GGUF file for llama.cpp [extra gguf]."""
+    from rsprune.gguf_export import export_gguf
+
+    with _progress(json, quiet) as progress:
+        found = export_gguf(folder, target, type_, overwrite=overwrite, progress=progress)
+        for note in found.notes:
+            progress.note(f"note: {note}")
+    if json:
+        _emit(**asdict(found), bits_per_weight=found.bits_per_weight)
+    elif not quiet:
+        from rsprune.tables import export_table
+
+        _show(export_table(found))
+
+
 @app.command(name="inspect")
 def inspect_folder(out: Folder, *, json: Json = False, every: All = False) -> None:
     """Show what a checkpoint really holds."""

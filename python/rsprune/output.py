@@ -157,12 +157,12 @@ class OutputFolder:
         if self.out.exists() and not self.overwrite:
             raise UsageError(f"output {self.out}: has appeared since this run began; move it away")
         for path in [*self.folder.rglob("*"), self.folder]:
-            _sync(path)
+            sync(path)
         if self.out.exists():
             self._replace()
         else:
             os.rename(self.folder, self.out)
-        _sync(self.out.parent)
+        sync(self.out.parent)
 
     def _replace(self) -> None:
         """Both names change places at once; by two renames where the file system cannot."""
@@ -236,7 +236,7 @@ def check_output(out: Path, *sources: Path, overwrite: bool) -> None:
         )
 
 
-def _sync(path: Path) -> None:
+def sync(path: Path) -> None:
     """Makes a file, or the names in a folder, durable."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
