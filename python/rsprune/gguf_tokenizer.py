@@ -1,8 +1,9 @@
 """A tokenizer as llama.cpp takes it: what transformers runs, in the words of GGUF, or a refusal.
 
-llama.cpp does not read pre-tokenizers, it knows some by name. So the JSON of the tokenizer as
+Byte-level ones: llama.cpp does not read pre-tokenizers, it knows some by name. So the JSON of the tokenizer as
 transformers loads it is compared with what each name means; what differs in one letter is another
-tokenizer, and is refused. Which special tokens stand around a text is seen by encoding one.
+tokenizer, and is refused. Those from SentencePiece: gguf_pieces. Which special tokens stand around
+a text is seen by encoding one.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rsprune.errors import UsageError
+from rsprune.gguf_pieces import is_pieces, piece_scores, piece_types, space_prefix
 from rsprune.guard import refusing_panics
 
 if TYPE_CHECKING:
@@ -44,7 +46,7 @@ PRE_TOKENIZERS: dict[str, list[Json]] = {
 """`tokenizer.ggml.pre` -> the steps that it stands for."""
 WHOLE_WORDS = ("llama-bpe",)
 """Those with which llama.cpp takes a word of the vocabulary whole, whatever the merges say."""
-PLAIN_BPE = ("dropout", "continuing_subword_prefix", "end_of_word_suffix", "byte_fallback")
+PLAIN_BPE = ("dropout", "continuing_subword_prefix", "end_of_word_suffix")
 """What byte-pair encoding must be without."""
 
 
@@ -69,18 +71,46 @@ def add_tokenizer(writer: GGUFWriter, folder: Path, vocabulary: int) -> list[str
         loaded = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
         content = json.loads(loaded.backend_tokenizer.to_str())
         bare, text = (loaded("a", add_special_tokens=special).input_ids for special in (False, True))
-        special = SpecialVocab(folder, load_merges=True, n_vocab=vocabulary)
+        special = SpecialVocab(folder, n_vocab=vocabulary)
+    if content["model"].get("type") != "BPE":
+        kind = content["model"].get("type")
+        raise UsageError(f"{folder}: tokenizer.json: GGUF export expects BPE, found {kind}")
+    tokens, types = _tokens(content, vocabulary, folder)
+    if is_pieces(content):
+        notes = _add_pieces(writer, content, tokens, types, folder)
+    else:
+        notes = _add_byte_level(writer, content, tokens, types, folder)
+        special.merges = _merges(content["model"])
+    special.add_special_token = _around(bare, text, special.special_token_ids, folder)
+    special.add_to_gguf(writer, quiet=True)
+    return notes + _notes(content)
+
+
+def _add_byte_level(
+    writer: GGUFWriter, content: Json, tokens: list[str], types: list[int], folder: Path
+) -> list[str]:
     name = _pre_tokenizer(content, folder)
     _check_model(content, name, folder)
-    tokens, types = _tokens(content, vocabulary, folder)
     writer.add_tokenizer_model("gpt2")
     writer.add_tokenizer_pre(name)
     writer.add_token_list(tokens)
     writer.add_token_types(types)
-    special.merges = _merges(content["model"])
-    special.add_special_token = _around(bare, text, special.special_token_ids, folder)
-    special.add_to_gguf(writer, quiet=True)
-    return _notes(content)
+    if not content["normalizer"]:
+        return []
+    return ["llama.cpp does not normalise text; the tokenizer does, to NFC"]
+
+
+def _add_pieces(
+    writer: GGUFWriter, content: Json, tokens: list[str], types: list[int], folder: Path
+) -> list[str]:
+    prefix, notes = space_prefix(content, folder)
+    writer.add_tokenizer_model("llama")
+    writer.add_tokenizer_pre("default")
+    writer.add_token_scores(piece_scores(content, tokens, folder))
+    writer.add_token_list(tokens)
+    writer.add_token_types(piece_types(tokens, types, content["model"].get("unk_token")))
+    writer.add_add_space_prefix(prefix)
+    return notes
 
 
 def _pre_tokenizer(content: Json, folder: Path) -> str:
@@ -102,8 +132,7 @@ def _pre_tokenizer(content: Json, folder: Path) -> str:
 def _check_model(content: Json, name: str, folder: Path) -> None:
     """Refuses a model that is not plain byte-pair encoding, or that has what `name` excludes."""
     model, normalizer = content["model"], content["normalizer"] or {}
-    expected: Json = {"type": "BPE", **dict.fromkeys(PLAIN_BPE)}
-    expected["ignore_merges"] = name in WHOLE_WORDS
+    expected: Json = {**dict.fromkeys(PLAIN_BPE), "ignore_merges": name in WHOLE_WORDS}
     facts = [(f"model.{key}", value, model.get(key)) for key, value in expected.items()]
     if normalizer.get("type") != "NFC":
         facts.append(("normalizer", None, normalizer))
@@ -158,12 +187,8 @@ def _around(bare: list[int], text: list[int], ids: dict[str, int], folder: Path)
 
 
 def _notes(content: Json) -> list[str]:
-    notes = []
-    if content["normalizer"]:
-        notes.append("llama.cpp does not normalise text; the tokenizer does, to NFC")
     flags = ("single_word", "lstrip", "rstrip")
     bound = [t["content"] for t in content["added_tokens"] if any(t[flag] for flag in flags)]
-    if bound:
-        listed = ", ".join(bound[:4])
-        notes.append(f"llama.cpp ignores how {len(bound)} added tokens treat space: {listed}")
-    return notes
+    if not bound:
+        return []
+    return [f"llama.cpp ignores how {len(bound)} added tokens treat space: {', '.join(bound[:4])}"]
