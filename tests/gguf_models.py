@@ -1,4 +1,4 @@
-"""Tiny models for the tests of GGUF export: rows of whole blocks, tokenizers that llama.cpp knows."""
+"""Tiny models for the tests of GGUF export: whole blocks, tokenizers that llama.cpp knows."""
 
 import json
 import zlib

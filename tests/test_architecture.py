@@ -25,6 +25,7 @@ SOURCES = sorted(
 
 FOUNDATIONS = {"errors", "config", "memory", "pool", "timing", "windows", "blocks", "data"}
 FOUNDATIONS |= {"progress", "report", "stored", "experts", "scratch", "guard", "gguf_header"}
+FOUNDATIONS |= {"gguf_types", "gguf_models", "gguf_pieces", "gguf_tokenizer"}
 MIDDLE = {
     "checkpoint",
     "output",
@@ -36,9 +37,9 @@ MIDDLE = {
     "evaluate",
 }
 MIDDLE |= {"sources", "inspect", "model_config", "head", "scoring", "eval_plan", "eval_journal"}
-MIDDLE |= {"evaluate", "eval_tasks", "harness", "permute", "tune", "resume"}
+MIDDLE |= {"evaluate", "eval_tasks", "harness", "permute", "tune", "resume", "gguf_plan"}
 TOP = {"plan", "run", "demo", "verify", "tables", "card", "options", "cli", "estimate"}
-TOP |= {"layer_run", "allocate", "unused"}
+TOP |= {"layer_run", "allocate", "unused", "gguf_export"}
 
 
 def short(path: Path) -> str:

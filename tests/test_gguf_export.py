@@ -11,6 +11,7 @@ import torch
 from gguf_models import build, save_tokenizer
 from tiny_models import tensors_of
 
+from rsprune import gguf_export
 from rsprune.errors import UsageError
 from rsprune.gguf_export import Exported, export_gguf
 from rsprune.gguf_import import convert
@@ -130,9 +131,11 @@ def test_import_gives_the_folder_back(tmp_path: Path, family: str):
     assert all(torch.equal(back[name], weights[name]) for name in weights)
 
 
-@pytest.mark.parametrize("kind", ["TQ1_0", "TQ2_0"])
-def test_import_reads_ternary_files(tmp_path: Path, kind: str):
-    folder = build(tmp_path / "model", "Llama", "ternary")
+@pytest.mark.parametrize(
+    ("kind", "values"), [("TQ1_0", "ternary"), ("TQ2_0", "ternary"), ("Q1_0", "signs")]
+)
+def test_import_reads_packed_files(tmp_path: Path, kind: str, values: str):
+    folder = build(tmp_path / "model", "Llama", values)
     path = export_gguf(folder, tmp_path / "out.gguf", kind).path
     back, weights = tensors_of(convert(path, tmp_path / "back")), tensors_of(folder)
     assert all(torch.equal(back[name], weights[name]) for name in weights)
@@ -144,7 +147,9 @@ def header(path: Path) -> dict[str, Any]:
 
 def test_the_header_says_what_the_folder_says(tmp_path: Path):
     folder = build(tmp_path / "tiny model", "Mistral", sliding_window=64, head_dim=32)
-    card = "---\nlicense: other\nlicense_name: mine\nbase_model: owner/base\ntags: ['2:4', x]\n---\n"
+    card = (
+        "---\nlicense: other\nlicense_name: mine\nbase_model: owner/base\ntags: ['2:4', x]\n---\n"
+    )
     (folder / "README.md").write_text(card)
     exported = export_gguf(folder, tmp_path / "out.gguf", "BF16")
     found = header(exported.path)
@@ -206,7 +211,9 @@ def test_linears_that_rsprune_left_dense_stay_f16(tmp_path: Path):
     report.close()
     exported = export_gguf(folder, tmp_path / "out.gguf", "TQ2_0")
     assert [part.source for part in exported.parts if part.kind == "TQ2_0"] == [chosen]
-    assert "13 of 14 linears are F16 and not TQ2_0 (down_proj, gate_proj" in exported.notes[0]
+    kinds = "down_proj, gate_proj, k_proj, o_proj, q_proj, up_proj, v_proj"
+    expected = f"13 of 14 linears are F16 and not TQ2_0, left dense: {kinds}"
+    assert exported.notes == [expected]
 
 
 def test_rows_that_are_not_whole_blocks_stay_f16(tmp_path: Path):
@@ -220,8 +227,8 @@ def test_rows_that_are_not_whole_blocks_stay_f16(tmp_path: Path):
     exported = export_gguf(folder, tmp_path / "out.gguf", "Q1_0")
     kinds = {part.source: part.kind for part in exported.parts if part.linear}
     assert {kinds[f"model.layers.{i}.mlp.down_proj.weight"] for i in (0, 1)} == {"Q1_0"}
-    assert list(kinds.values()).count("F16") == 10
-    assert "rows of 192 that are not whole blocks" in exported.notes[0]
+    assert list(kinds.values()).count("F16") == 12
+    assert "rows of 192 are no whole blocks of 128: gate_proj, k_proj" in exported.notes[0]
 
 
 def change(folder: Path, name: str, place: tuple[int, ...], value: float) -> None:
@@ -294,7 +301,7 @@ def test_what_llama_cpp_would_compute_otherwise_is_refused(tmp_path: Path):
         with pytest.raises(UsageError, match=words):
             export_gguf(folder, target, "F16")
         (folder / "config.json").write_text(before)
-    with pytest.raises(UsageError, match=r"o_proj\.bias: llama\.cpp's qwen3 has no such bias"):
+    with pytest.raises(UsageError, match=r"q_proj\.bias: llama\.cpp's qwen3 has no such bias"):
         export_gguf(build(tmp_path / "qwen3", "Qwen3", attention_bias=True), target, "F16")
     assert not target.exists()
 
@@ -333,6 +340,8 @@ def test_targets_are_checked_first(tmp_path: Path):
     ):
         with pytest.raises(UsageError, match=words):
             export_gguf(folder, path, kind)
+    with pytest.raises(UsageError, match="none: expected a folder"):
+        export_gguf(folder, tmp_path / "new.gguf", "F16")
 
 
 def test_no_room_is_said_before(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
@@ -340,6 +349,15 @@ def test_no_room_is_said_before(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     monkeypatch.setattr("rsprune.gguf_export.free_bytes", lambda path: 10)
     with pytest.raises(UsageError, match=r"out\.gguf: needs \d+ bytes on disk, found 10 bytes"):
         export_gguf(folder, tmp_path / "out.gguf", "F16")
+
+
+def test_two_exports_do_not_write_one_file(tmp_path: Path):
+    folder, target = build(tmp_path / "model"), tmp_path / "out.gguf"
+    with gguf_export._alone(tmp_path / "out.gguf.partial"):
+        with pytest.raises(UsageError, match=r"out\.gguf\.partial: another export is writing it"):
+            export_gguf(folder, target, "F16")
+        assert (tmp_path / "out.gguf.partial").exists()
+    export_gguf(folder, target, "F16")
 
 
 def test_a_full_disk_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):

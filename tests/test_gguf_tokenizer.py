@@ -1,15 +1,18 @@
-"""Tokenizers of GGUF files: llama.cpp's algorithms, written out, give the tokens of transformers."""
+"""Tokenizers of GGUF files: llama.cpp's algorithm, written out, gives transformers' tokens."""
 
+import itertools
 import json
 from pathlib import Path
 from typing import Any
 
 import pytest
-from gguf_models import save_pieces, save_tokenizer
+from gguf_models import build, save_pieces, save_tokenizer
 from hypothesis import given
 from hypothesis import strategies as st
 
 from rsprune.errors import UsageError
+from rsprune.gguf_export import export_gguf
+from rsprune.gguf_import import convert
 from rsprune.gguf_tokenizer import PRE_TOKENIZERS, add_tokenizer
 
 gguf = pytest.importorskip("gguf")
@@ -94,8 +97,14 @@ def test_tokens_must_have_rows(tmp_path: Path):
 
 def test_special_tokens_around_a_text(tmp_path: Path):
     save_tokenizer(tmp_path)
-    template: Any = {"type": "TemplateProcessing", "pair": [{"Sequence": {"id": "A", "type_id": 0}}]}
-    text, end = {"Sequence": {"id": "A", "type_id": 0}}, {"SpecialToken": {"id": "</s>", "type_id": 0}}
+    template: Any = {
+        "type": "TemplateProcessing",
+        "pair": [{"Sequence": {"id": "A", "type_id": 0}}],
+    }
+    text, end = (
+        {"Sequence": {"id": "A", "type_id": 0}},
+        {"SpecialToken": {"id": "</s>", "type_id": 0}},
+    )
     template["special_tokens"] = {"</s>": {"id": "</s>", "ids": [259], "tokens": ["</s>"]}}
     for single, expected in (([text], (False, False)), ([text, end], (False, True))):
         processor = {**template, "single": single}
@@ -123,7 +132,7 @@ def merged(text: str, fields: Fields) -> list[int]:
     prefix = " " if fields["add_space_prefix"] else ""
     symbols = list((prefix + text).replace(" ", "\u2581"))
     while True:
-        pairs = [(a + b, place) for place, (a, b) in enumerate(zip(symbols, symbols[1:], strict=False))]
+        pairs = [(a + b, place) for place, (a, b) in enumerate(itertools.pairwise(symbols))]
         known = [(scores[index[pair]], -place) for pair, place in pairs if pair in index]
         if not known:
             break
@@ -175,12 +184,43 @@ def test_rules_that_scores_cannot_say_are_refused(tmp_path: Path):
     rules = content["model"]["merges"]
     two = next(i for i, r in enumerate(rules) if "".join(r) == "".join(rules[i + 1]))
     save_pieces(tmp_path, merges=[*rules[:two], *rules[two + 1 :]])
-    with pytest.raises(UsageError, match=r"llama.cpp expects a rule for \('"):
+    with pytest.raises(UsageError, match=r"llama\.cpp expects a rule for \('"):
         fields_of(tmp_path, 400)
     save_pieces(tmp_path, merges=[*rules[:two], *rules[two + 1 :], rules[two]])
-    with pytest.raises(UsageError, match="llama.cpp expects rules that stand together"):
+    with pytest.raises(UsageError, match=r"llama\.cpp expects rules that stand together"):
         fields_of(tmp_path, 400)
     save_pieces(tmp_path)
     edited(tmp_path, lambda content: content.update(normalizer={"type": "NFKC"}))
-    with pytest.raises(UsageError, match="expects spaces to become .* and nothing else; found"):
+    with pytest.raises(UsageError, match=r"expects spaces to become .* and nothing else; found"):
         fields_of(tmp_path, 400)
+
+
+@pytest.mark.parametrize("pre", list(PRE_TOKENIZERS))
+def test_import_cuts_words_as_the_file_says(tmp_path: Path, pre: str):
+    from transformers import AutoTokenizer
+
+    folder = build(tmp_path / "model")
+    save_tokenizer(folder, pre)
+    said: list[str] = []
+    path = export_gguf(folder, tmp_path / "out.gguf", "F16").path
+    back = convert(path, tmp_path / "back", progress=said.append)
+    assert not any(line.startswith("note") for line in said)
+    steps = [
+        json.loads((f / "tokenizer.json").read_text())["pre_tokenizer"] for f in (folder, back)
+    ]
+    assert steps[0] == steps[1]
+    one, other = (AutoTokenizer.from_pretrained(f) for f in (folder, back))
+    text = "the year 1234567, then\r\n\n it's 3 \u00bd THE'S  end"
+    assert (
+        one(text, add_special_tokens=False).input_ids
+        == other(text, add_special_tokens=False).input_ids
+    )
+
+
+def test_import_says_that_it_guesses(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    folder = build(tmp_path / "model")
+    path = export_gguf(folder, tmp_path / "out.gguf", "F16").path
+    monkeypatch.delitem(PRE_TOKENIZERS, "gpt-2")
+    said: list[str] = []
+    convert(path, tmp_path / "back", progress=said.append)
+    assert "note: the tokenizer cuts words as transformers guesses; the file says: gpt-2" in said

@@ -12,6 +12,8 @@ synced and renamed.
 
 from __future__ import annotations
 
+import contextlib
+import fcntl
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -29,6 +31,7 @@ from rsprune.gguf_tokenizer import add_tokenizer
 from rsprune.gguf_types import PLAIN, TYPES, Bytes, NotExactError, Values, decode, encode, ggml_type
 from rsprune.output import free_bytes, sync
 from rsprune.progress import NullProgress, Progress
+from rsprune.sources import resolve
 
 if TYPE_CHECKING:
     from gguf import GGUFWriter
@@ -81,20 +84,33 @@ def export_gguf(
         RspruneError: the disk failed.
     """
     _check(target, kind, overwrite)
-    job = make_job(folder, kind)
+    job = make_job(resolve(str(folder)), kind)
     if job.nbytes > (free := free_bytes(target)):
         raise UsageError(f"{target}: needs {job.nbytes} bytes on disk, found {free} bytes free")
     partial = target.with_name(f"{target.name}.partial")
     try:
-        exported = _write(job, target, partial, progress or NullProgress())
-        sync(partial)
-        partial.replace(target)
-        sync(target.absolute().parent)
+        with _alone(partial):
+            exported = _write(job, target, partial, progress or NullProgress())
+            sync(partial)
+            partial.replace(target)
+            sync(target.absolute().parent)
     except OSError as error:
         raise RspruneError(f"{target}: cannot be written: {error.strerror}") from error
-    finally:
-        partial.unlink(missing_ok=True)
     return exported
+
+
+@contextlib.contextmanager
+def _alone(partial: Path) -> Iterator[None]:
+    """Holds the unfinished file for this process; nothing of it is left behind."""
+    with partial.open("ab") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise UsageError(f"{partial}: another export is writing it") from None
+        try:
+            yield
+        finally:
+            partial.unlink(missing_ok=True)
 
 
 def _check(target: Path, kind: str, overwrite: bool) -> None:
@@ -214,7 +230,7 @@ def _values(job: Job, part: Part) -> Iterator[Values]:
         piece for _, piece in job.skeleton.checkpoint.pieces(part.source)
     )
     if part.heads or part.kind not in PLAIN:
-        pieces = iter(_in_order(torch.cat(list(pieces)), part).split(PIECE))
+        pieces = iter(torch.split(_in_order(torch.cat(list(pieces)), part), PIECE))
     for piece in pieces:
         values = piece.float()
         yield (values + part.offset if part.offset else values).numpy()

@@ -44,7 +44,7 @@ ARCHITECTURES = {
     "LlamaForCausalLM": LLAMA,
     "MistralForCausalLM": LLAMA,
     "Qwen2ForCausalLM": Architecture("qwen2", biases=ATTENTION),
-    "Qwen3ForCausalLM": Architecture("qwen3", biases=ATTENTION),
+    "Qwen3ForCausalLM": Architecture("qwen3"),
 }
 
 

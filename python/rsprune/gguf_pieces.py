@@ -44,7 +44,7 @@ def space_prefix(content: Json, folder: Path) -> tuple[bool, list[str]]:
         if scheme == "never":
             return False, []
         where = "the beginning" if scheme == "first" else "a piece of text"
-        note = f"llama.cpp puts a space before text after every special token; the tokenizer at "
+        note = "llama.cpp puts a space before text after every special token; the tokenizer at "
         return True, [f"{note}{where}, and only if there is none"]
     raise UsageError(
         f"{folder}: tokenizer.json: GGUF export of a tokenizer with bytes for the unknown expects "

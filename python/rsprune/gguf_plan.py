@@ -148,19 +148,24 @@ def _parts(
 
 def _notes(parts: list[Part], kind: str, folder: Path) -> list[str]:
     """Says what is not stored in the type that was asked for."""
+    block = sizes(kind)[0]
     linears = [part for part in parts if part.linear]
     others = [part for part in linears if part.kind != kind]
     if len(others) == len(linears):
-        block = sizes(kind)[0]
         raise UsageError(
             f"{folder}: --type {kind} expects rows of whole blocks of {block}; found no compressed "
             "linear with such rows; --type F16 takes any"
         )
-    if not others:
-        return []
-    kinds = sorted({part.source.split(".")[-2] for part in others})
-    widths = sorted({part.shape[1] for part in others})
+    narrow = [part for part in others if part.shape[1] % block]
+    dense = [part for part in others if part.shape[1] % block == 0]
+    widths = ", ".join(sorted({str(part.shape[1]) for part in narrow}))
+    reasons = ((narrow, f"rows of {widths} are no whole blocks of {block}"), (dense, "left dense"))
     return [
-        f"{len(others)} of {len(linears)} linears are F16 and not {kind} ({', '.join(kinds)}): left "
-        f"dense, or rows of {', '.join(map(str, widths))} that are not whole blocks"
+        f"{len(some)} of {len(linears)} linears are F16 and not {kind}, {reason}: {_listed(some)}"
+        for some, reason in reasons
+        if some
     ]
+
+
+def _listed(parts: list[Part]) -> str:
+    return ", ".join(sorted({part.source.split(".")[-2] for part in parts}))

@@ -1,9 +1,9 @@
 """A tokenizer as llama.cpp takes it: what transformers runs, in the words of GGUF, or a refusal.
 
-Byte-level ones: llama.cpp does not read pre-tokenizers, it knows some by name. So the JSON of the tokenizer as
-transformers loads it is compared with what each name means; what differs in one letter is another
-tokenizer, and is refused. Those from SentencePiece: gguf_pieces. Which special tokens stand around
-a text is seen by encoding one.
+llama.cpp does not read how a byte-level tokenizer cuts words, it knows some ways by name. So the
+JSON of the tokenizer as transformers loads it is compared with what each name means; what differs
+in one letter is another tokenizer, and is refused. Those from SentencePiece: gguf_pieces. Which
+special tokens stand around a text is seen by encoding one.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from rsprune.guard import refusing_panics
 if TYPE_CHECKING:
     from gguf import GGUFWriter
 
-__all__ = ["add_tokenizer"]
+__all__ = ["PRE_TOKENIZERS", "WHOLE_WORDS", "add_tokenizer"]
 
 Json = dict[str, Any]
 
@@ -28,7 +28,8 @@ REST = r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 
 
 def _byte_level(*, use_regex: bool) -> Json:
-    return {"type": "ByteLevel", "add_prefix_space": False, "use_regex": use_regex}
+    own = {"add_prefix_space": False, "trim_offsets": True, "use_regex": use_regex}
+    return {"type": "ByteLevel", **own}
 
 
 def _split(expression: str) -> list[Json]:
@@ -70,13 +71,16 @@ def add_tokenizer(writer: GGUFWriter, folder: Path, vocabulary: int) -> list[str
     with refusing_panics(f"{folder}: its tokenizer cannot be loaded"):
         loaded = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
         content = json.loads(loaded.backend_tokenizer.to_str())
-        bare, text = (loaded("a", add_special_tokens=special).input_ids for special in (False, True))
+        bare, text = (
+            loaded("a", add_special_tokens=special).input_ids for special in (False, True)
+        )
         special = SpecialVocab(folder, n_vocab=vocabulary)
     if content["model"].get("type") != "BPE":
         kind = content["model"].get("type")
         raise UsageError(f"{folder}: tokenizer.json: GGUF export expects BPE, found {kind}")
     tokens, types = _tokens(content, vocabulary, folder)
     if is_pieces(content):
+        types = piece_types(tokens, types, loaded.unk_token)
         notes = _add_pieces(writer, content, tokens, types, folder)
     else:
         notes = _add_byte_level(writer, content, tokens, types, folder)
@@ -108,7 +112,7 @@ def _add_pieces(
     writer.add_tokenizer_pre("default")
     writer.add_token_scores(piece_scores(content, tokens, folder))
     writer.add_token_list(tokens)
-    writer.add_token_types(piece_types(tokens, types, content["model"].get("unk_token")))
+    writer.add_token_types(types)
     writer.add_add_space_prefix(prefix)
     return notes
 
@@ -117,7 +121,8 @@ def _pre_tokenizer(content: Json, folder: Path) -> str:
     """llama.cpp's name of the steps that cut a text into words."""
     found = content["pre_tokenizer"] or {}
     steps = found.get("pretokenizers", [found])
-    steps = [{k: v for k, v in step.items() if k != "trim_offsets"} for step in steps]
+    # which offsets a token has is nothing to its number
+    steps = [step | ({"trim_offsets": True} if "trim_offsets" in step else {}) for step in steps]
     for name, expected in PRE_TOKENIZERS.items():
         if steps == expected:
             return name

@@ -23,7 +23,17 @@ from numpy.typing import NDArray
 if TYPE_CHECKING:
     from gguf import GGMLQuantizationType
 
-__all__ = ["PLAIN", "TYPES", "Bytes", "NotExactError", "Values", "decode", "encode", "ggml_type", "sizes"]
+__all__ = [
+    "PLAIN",
+    "TYPES",
+    "Bytes",
+    "NotExactError",
+    "Values",
+    "decode",
+    "encode",
+    "ggml_type",
+    "sizes",
+]
 
 Values = NDArray[np.float32]
 Bytes = NDArray[np.uint8]
