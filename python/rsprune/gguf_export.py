@@ -95,7 +95,7 @@ def export_gguf(
             partial.replace(target)
             sync(target.absolute().parent)
     except OSError as error:
-        raise RspruneError(f"{target}: cannot be written: {error.strerror}") from error
+        raise RspruneError(f"{target}: cannot be written: {error.strerror or error}") from error
     return exported
 
 
@@ -207,7 +207,8 @@ def _encoded(job: Job, part: Part, exported: Exported) -> Iterator[Bytes]:
         except NotExactError as error:
             raise UsageError(_not_exact(part, at + error.at, error)) from None
         if part.kind in PLAIN:
-            change = np.abs(decode(encoded, part.kind) - values)
+            with np.errstate(invalid="ignore"):  # infinity less itself
+                change = np.abs(decode(encoded, part.kind) - values)
             if not np.isfinite(change).all():
                 index = at + int(np.argmin(np.isfinite(change)))
                 raise UsageError(
