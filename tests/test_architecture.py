@@ -27,6 +27,7 @@ FOUNDATIONS = {"errors", "config", "memory", "pool", "timing", "windows", "block
 FOUNDATIONS |= {"progress", "report", "stored", "experts", "scratch", "guard", "gguf_header"}
 FOUNDATIONS |= {"packing", "transformers_hook"}
 FOUNDATIONS |= {"clip"}
+FOUNDATIONS |= {"gguf_types", "gguf_models", "gguf_pieces", "gguf_tokenizer"}
 MIDDLE = {
     "checkpoint",
     "output",
@@ -38,10 +39,11 @@ MIDDLE = {
     "evaluate",
 }
 MIDDLE |= {"sources", "inspect", "model_config", "head", "scoring", "eval_plan", "eval_journal"}
-MIDDLE |= {"evaluate", "eval_tasks", "harness", "permute", "tune", "resume"}
+MIDDLE |= {"evaluate", "eval_tasks", "harness", "permute", "tune", "resume", "gguf_plan"}
 MIDDLE |= {"packed_linear", "hf"}
 TOP = {"plan", "run", "demo", "verify", "tables", "card", "options", "cli", "estimate"}
 TOP |= {"layer_run", "survey", "allocate", "codes", "budget", "unused", "export"}
+TOP |= {"gguf_export"}
 
 
 def short(path: Path) -> str:

@@ -51,7 +51,7 @@ def test_help_is_fast_and_names_every_command():
         done = in_a_process("--help")
         seconds.append(time.perf_counter() - begun)
     assert done.returncode == 0
-    for command in ("demo", "plan", "compress", "eval", "inspect", "verify"):
+    for command in ("demo", "plan", "compress", "eval", "export", "inspect", "verify"):
         assert f"\n  {command} " in done.stdout
     assert min(seconds) < 0.3
 
@@ -180,6 +180,8 @@ REFUSED = [
     (["compress", "m", "o", "--memory", "lots"], "expected a size such as 4GiB"),
     (["compress", "m", "o", "--recipe", "/nonexistent.yaml"], "/nonexistent.yaml"),
     (["compress", "m", "o", "--no-such-option"], "--no-such-option"),
+    (["export", "m", "o.gguf"], "--type"),
+    (["export", "m", "o.gguf", "--type", "Q9"], "--type: expected one of F32, F16, BF16"),
     (["verify", "/nonexistent"], "/nonexistent"),
     (["inspect", "/nonexistent"], "/nonexistent"),
 ]

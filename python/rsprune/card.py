@@ -10,7 +10,7 @@ import yaml
 from rsprune.methods import CODED
 from rsprune.report import Report, by_kind
 
-__all__ = ["model_card"]
+__all__ = ["LICENCE_KEYS", "front_matter", "model_card"]
 
 LICENCE_KEYS = ("license", "license_name", "license_link")
 HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
@@ -89,7 +89,7 @@ def _front_matter(
     front: dict[str, Any] = {"library_name": "transformers"}
     if HUB_ID.fullmatch(base):
         front["base_model"] = base  # the hub refuses a card whose base_model is a local path
-    source = _read_front_matter(source_card or "")
+    source = front_matter(source_card or "")
     front |= {key: source[key] for key in LICENCE_KEYS if key in source}
     coded = config.get("method") in CODED
     tags = [
@@ -103,7 +103,7 @@ def _front_matter(
     return front
 
 
-def _read_front_matter(card: str) -> dict[str, Any]:
+def front_matter(card: str) -> dict[str, Any]:
     """The YAML between the first two `---` lines; empty if there is none or it is broken."""
     match = re.match(r"\ufeff?---[ \t]*\r?\n(.*?)\r?\n---[ \t]*(\r?\n|$)", card, re.DOTALL)
     if match is None:

@@ -271,26 +271,49 @@ def inspect_folder(out: Folder, *, json: Json = False, every: All = False) -> No
 
 @app.command()
 def export(
-    folder: Folder,
-    target: Annotated[Path, Argument(help="What to write.")],
+    folder: Annotated[Path, Argument(help="Folder of a checkpoint.")],
+    target: Annotated[Path, Argument(help="Folder to write, or NAME.gguf.")],
     *,
     dense: Annotated[bool, Option("--dense", help="An ordinary folder, zeros stored.")] = False,
+    type_: Annotated[
+        str | None,
+        Option(
+            "--type",
+            help="GGUF [extra gguf]: F16, BF16, F32; lossless or refused: TQ1_0, TQ2_0, Q1_0.",
+        ),
+    ] = None,
     overwrite: Annotated[
         bool, Option("--overwrite", help="TARGET may exist and is replaced.")
     ] = False,
     json: Json = False,
     quiet: Quiet = False,
 ) -> None:
-    """Write a packed folder as something that loads without rsprune."""
-    _one_of(dense=dense)
-    from rsprune.export import export_dense
-
+    """Write what loads without rsprune: an ordinary folder, or a GGUF file for llama.cpp."""
+    _one_of(dense=dense, type=type_)
     with _progress(json, quiet) as progress:
-        export_dense(folder, target, overwrite=overwrite, progress=progress)
+        if type_ is None:
+            from rsprune.export import export_dense
+
+            export_dense(folder, target, overwrite=overwrite, progress=progress)
+            fields, shown = {"target": target}, f"{target}: written"
+        else:
+            fields, shown = _export_gguf(folder, target, type_, overwrite, progress)
     if json:
-        _emit(target=target)
+        _emit(**fields)
     elif not quiet:
-        print(f"{target}: written")
+        _show(shown)
+
+
+def _export_gguf(
+    folder: Path, target: Path, kind: str, overwrite: bool, progress: Progress
+) -> tuple[dict[str, Any], RenderableType]:
+    from rsprune.gguf_export import export_gguf
+    from rsprune.tables import export_table
+
+    found = export_gguf(folder, target, kind, overwrite=overwrite, progress=progress)
+    for note in found.notes:
+        progress.note(f"note: {note}")
+    return {**asdict(found), "bits_per_weight": found.bits_per_weight}, export_table(found)
 
 
 @app.command()

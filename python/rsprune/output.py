@@ -196,12 +196,12 @@ class OutputFolder:
         if self.out.exists() and not self.overwrite:
             raise UsageError(f"output {self.out}: has appeared since this run began; move it away")
         for path in [*self.folder.rglob("*"), self.folder]:
-            _sync(path)
+            sync(path)
         if self.out.exists():
             self._replace()
         else:
             os.rename(self.folder, self.out)
-        _sync(self.out.parent)
+        sync(self.out.parent)
 
     def _replace(self) -> None:
         """Both names change places at once; by two renames where the file system cannot."""
@@ -280,7 +280,7 @@ def _bytes(array: NDArray[Any]) -> NDArray[np.uint8]:
     return np.ascontiguousarray(array).reshape(-1).view(np.uint8)
 
 
-def _sync(path: Path) -> None:
+def sync(path: Path) -> None:
     """Makes a file, or the names in a folder, durable."""
     descriptor = os.open(path, os.O_RDONLY)
     try:

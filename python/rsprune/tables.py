@@ -17,11 +17,13 @@ from rsprune.report import DENSE, Report, by_kind, kind_of
 
 if TYPE_CHECKING:
     from rsprune.estimate import Stage
+    from rsprune.gguf_export import Exported
     from rsprune.inspect import TensorFacts, Totals
     from rsprune.plan import Operator, Plan
 
 __all__ = [
     "certificate_table",
+    "export_table",
     "inspect_table",
     "new_table",
     "pairs_table",
@@ -122,6 +124,21 @@ def _total_line(total: Totals) -> str:
         f"{total.tensors} tensors, {total.weights:,} weights, {share:.1%} zeros, "
         f"{size(total.file_bytes)} of files"
     )
+
+
+def export_table(found: Exported) -> RenderableType:
+    """What a GGUF file holds, by kind of tensor and type."""
+    table = new_table("tensor", "", "type", "size")
+    groups: dict[tuple[str, str], list[int]] = {}
+    for part in found.parts:
+        groups.setdefault((kind_of(part.name), part.kind), []).append(part.nbytes)
+    for (kind, stored), nbytes in groups.items():
+        table.add_row(_name(kind), f"{len(nbytes)}x", stored, size(sum(nbytes)))
+    table.caption = (
+        f"{found.path}: {size(found.nbytes)}, {found.bits_per_weight:.3f} bits per weight; "
+        f"{found.rounded:,} values rounded, by at most {found.largest_change:.2g}"
+    )
+    return table
 
 
 def plan_table(plan: Plan) -> RenderableType:
