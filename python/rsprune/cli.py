@@ -290,12 +290,13 @@ def export(
 ) -> None:
     """Write what loads without rsprune: an ordinary folder, or a GGUF file for llama.cpp."""
     _one_of(dense=dense, type=type_)
+    fields: dict[str, Any] = {"target": target}
+    shown: RenderableType = f"{target}: written"
     with _progress(json, quiet) as progress:
         if type_ is None:
             from rsprune.export import export_dense
 
             export_dense(folder, target, overwrite=overwrite, progress=progress)
-            fields, shown = {"target": target}, f"{target}: written"
         else:
             fields, shown = _export_gguf(folder, target, type_, overwrite, progress)
     if json:
