@@ -246,5 +246,7 @@ def test_unknown_options_are_refused() -> None:
         solve("pbs2p_exact", case.operator("2:8"), stage="last")
     with pytest.raises(ValueError, match="uniform 5: expected 2, 3, 4 or 8 bits"):
         solve("gptq", case.operator("0%"), bits=5)
+    with pytest.raises(ValueError, match="4:16: codes are of groups of 4 or 8"):
+        solve("pbs2p_exact", case.operator("4:16"))
     with pytest.raises(ValueError, match="divisible by 8"):
         solve("billm", Case.random(4, 12).operator("0%"))

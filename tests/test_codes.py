@@ -184,7 +184,7 @@ def test_refusals(name: str, tiny: Callable[..., Path]) -> None:
 def test_more_bits_than_there_are_codes_for_is_said(tiny: Callable[..., Path]) -> None:
     config = Config.create(**OPTIONS, method="pbs2p-exact", bits=4.0)
     warnings = make_plan(tiny("llama"), config).warnings
-    assert any("no code takes more than 2" in warning for warning in warnings)
+    assert any("no code takes more than 1" in warning for warning in warnings)
     enough = make_plan(tiny("llama"), config.model_copy(update={"bits": 1.9})).warnings
     assert not any("option bits" in warning for warning in enough)
 

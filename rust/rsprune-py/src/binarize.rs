@@ -1,5 +1,6 @@
 //! The methods that leave a bit or a few of a weight.
 
+use crate::errors::to_py;
 use crate::solve::{Operator, Pruned, pruned, solve_with, with_task};
 use crate::statistics::Pattern;
 use numpy::PyArray1;
@@ -107,8 +108,9 @@ fn gptq<'py>(
 
 /// Bits a weight that the codes of `pattern` take in rows of `columns`, everything counted.
 #[pyfunction]
-fn signs_bits(pattern: &Bound<'_, Pattern>, columns: usize) -> f64 {
-    core::signs_bits(columns, core::groups_of(pattern.get().0))
+fn signs_bits(pattern: &Bound<'_, Pattern>, columns: usize) -> PyResult<f64> {
+    let groups = core::groups_of(pattern.get().0).map_err(to_py)?;
+    Ok(core::signs_bits(columns, groups))
 }
 
 /// Adds the functions of this module.

@@ -96,9 +96,9 @@ fn of_rows(sweep: &Sweep, block: &Range<usize>, columns: &[f32]) -> Vec<f32> {
 fn of_columns(job: &Job, sweep: &Sweep, block: &Range<usize>, rows: &[f32]) -> Result<Vec<f32>> {
     let parts = job.map(sweep.rows().div_ceil(ROW_BLOCK), |i| {
         let mut sums = vec![0.0f32; block.len()];
-        for row in i * ROW_BLOCK..((i + 1) * ROW_BLOCK).min(sweep.rows()) {
+        for (row, scale) in rows.iter().enumerate().skip(i * ROW_BLOCK).take(ROW_BLOCK) {
             let target = sweep.target(row, block);
-            sums.iter_mut().zip(target).for_each(|(s, t)| *s += t.abs() * rows[row]);
+            sums.iter_mut().zip(target).for_each(|(s, t)| *s += t.abs() * scale);
         }
         Ok(sums)
     })?;

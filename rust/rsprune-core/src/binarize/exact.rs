@@ -20,7 +20,7 @@ use crate::float::Float;
 use crate::linalg::dot;
 use crate::pack::{Codes, Groups};
 use crate::par::Job;
-use crate::pattern::for_smallest;
+use crate::pattern::{Pattern, for_smallest};
 use crate::solve::{Bits, Factor, Solution, Task};
 use std::ops::Range;
 
@@ -42,7 +42,8 @@ pub enum Stage {
 
 /// Binarizes with the codes of the task's pattern (`2:8`, `8:8`, ...).
 pub fn exact(job: &Job, task: &Task, damping: f64, stage: Stage) -> Result<Solution> {
-    let (dense, groups) = (dense_of(task)?, groups_of(task.pattern));
+    let (dense, groups) = (dense_of(task)?, groups_of(task.pattern)?);
+    Pattern::KeepOf { keep: groups.keep, of: groups.of }.check("weight", dense.cols)?;
     let table = (stage == Stage::Search).then(|| CodeTable::new(groups));
     let solver = Solver { stage, groups, float: task.float, table };
     let (values, _) = run(job, Factor::of(job, task, damping)?, &solver)?;
@@ -210,10 +211,10 @@ impl<'a> Row<'a> {
         for (group, energies) in self.shared.energies.iter().enumerate() {
             let first = group * of;
             let mut pull = [0.0f32; 8];
-            for j in 0..of {
-                let metric = &self.shared.g[(first + j) * w + first..][..of];
+            for (j, pull) in (first..first + of).zip(&mut pull) {
+                let metric = &self.shared.g[j * w + first..][..of];
                 let own: f32 = metric.iter().zip(&self.c[first..]).map(|(g, c)| g * c).sum();
-                pull[j] = self.pull[first + j] - alpha * (self.push[first + j] - own);
+                *pull = self.pull[j] - alpha * (self.push[j] - own);
             }
             let best = table.best(alpha, energies, &pull[..of]);
             (0..of).for_each(|j| self.change(first + j, table.entry(best, j)));

@@ -34,11 +34,11 @@ impl Division {
     /// The division of a block by what its weights have become by now.
     pub fn of(job: &Job, sweep: &Sweep, block: &Range<usize>) -> Result<Division> {
         let order = by_score(job, sweep, block)?;
-        let largest = fold(job, sweep, block, |target| f64::from(peak(target)))?;
+        let largest = by_row(job, sweep, block, |target| f64::from(peak(target)))?;
         let largest = largest.iter().copied().fold(0.0, f64::max) as f32;
         let mut best = (f64::INFINITY, Division { salient: [false; BLOCK], split: largest });
         let mut try_out = |division: Division| -> Result<Division> {
-            let parts = fold(job, sweep, block, |target| {
+            let parts = by_row(job, sweep, block, |target| {
                 f64::from(squared(target, &binarized(target, &division), &division))
             })?;
             let error = parts.iter().sum::<f64>();
@@ -162,8 +162,8 @@ fn by_score(job: &Job, sweep: &Sweep, block: &Range<usize>) -> Result<Vec<usize>
     Ok(order)
 }
 
-/// `f` of every row, added up (or, of one number, the largest) over blocks of rows, in order.
-fn fold(
+/// `f` of every row, in order.
+fn by_row(
     job: &Job,
     sweep: &Sweep,
     block: &Range<usize>,

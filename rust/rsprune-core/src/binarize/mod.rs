@@ -23,8 +23,8 @@ pub use exact::{SCALE_COLUMNS, Stage, exact, signs_bits};
 pub use gptq::gptq;
 pub use pbs2p::pbs2p;
 
-use crate::error::Result;
-use crate::pack::{Dense, Part, true_bits};
+use crate::error::{Error, Result};
+use crate::pack::{Dense, Groups, Part, true_bits};
 use crate::par::Job;
 use crate::pattern::Pattern;
 use crate::solve::{Bits, Solution, Task};
@@ -58,11 +58,14 @@ fn certify(
     Ok(Packed { solution, format, parts: layout.into_iter().zip(bytes).collect() })
 }
 
-/// `keep` and `of` of the pattern; of a ratio (nothing is pruned) those of whole groups.
-pub fn groups_of(pattern: Pattern) -> crate::pack::Groups {
+/// Groups of 4 or 8 as the pattern says; of a ratio (nothing is pruned) whole groups of 8.
+pub fn groups_of(pattern: Pattern) -> Result<Groups> {
     match pattern {
-        Pattern::KeepOf { keep, of } => crate::pack::Groups { keep, of },
-        Pattern::Ratio { .. } => crate::pack::Groups { keep: 8, of: 8 },
+        Pattern::KeepOf { keep, of } if of <= 8 => Ok(Groups { keep, of }),
+        Pattern::KeepOf { .. } => {
+            Err(Error::Pattern(format!("pattern {pattern}: codes are of groups of 4 or 8")))
+        }
+        Pattern::Ratio { .. } => Ok(Groups { keep: 8, of: 8 }),
     }
 }
 

@@ -31,7 +31,7 @@ const TERMS: usize = 7;
 
 /// Binarizes and prunes to the task's pattern; packed as `binary n:m`.
 pub fn pbs2p(job: &Job, task: &Task, damping: f64) -> Result<Packed> {
-    let (dense, groups) = (dense_of(task)?, groups_of(task.pattern));
+    let (dense, groups) = (dense_of(task)?, groups_of(task.pattern)?);
     let layout = binary::layout(&dense, groups)?;
     let solver = Solver { float: task.float, groups };
     let (values, found) = run(job, Factor::of(job, task, damping)?, &solver)?;
@@ -157,12 +157,10 @@ impl<'a> Terms<'a> {
         }
         let energy: [f64; TERMS] = std::array::from_fn(|k| dot(&self.phi[k], &self.s_phi[k]));
         for _ in 0..ALTERNATIONS {
-            for k in 0..TERMS {
-                if energy[k] > 0.0 {
-                    let step = (dot(&left, &self.s_phi[k]) / energy[k]) as f32;
-                    self.theta[k] += step;
-                    left.iter_mut().zip(&self.phi[k]).for_each(|(l, p)| *l -= step * p);
-                }
+            for (k, energy) in energy.iter().enumerate().filter(|(_, energy)| **energy > 0.0) {
+                let step = (dot(&left, &self.s_phi[k]) / energy) as f32;
+                self.theta[k] += step;
+                left.iter_mut().zip(&self.phi[k]).for_each(|(l, p)| *l -= step * p);
             }
         }
     }

@@ -171,7 +171,7 @@ fn unpack_row(
         }
         let kept = masks[column / of] >> (column % of) & 1 == 1;
         let code = match kept.then(|| decided.next()).flatten() {
-            Some((minus, second)) => KEPT | u8::from(minus) * MINUS | u8::from(second) * SECOND,
+            Some((minus, second)) => KEPT + u8::from(minus) * MINUS + u8::from(second) * SECOND,
             None => 0,
         };
         store(float, block.value(code, salient[column / 8] >> (column % 8) & 1 == 1), out);
