@@ -133,7 +133,7 @@ def test_every_option_arrives(monkeypatch: pytest.MonkeyPatch, compressed: dict[
         --propagate model --target own --no-true-sequential --damping 0.5 --warm-start wanda
         --iterations 9 --xi 0.2 --patience 2 --lambda-start 0.5 --device auto --threads 1
         --trust-remote-code --correction 0.5 --clip-tokens 3.5 --refit --search
-        --rho-schedule published --budget 99 --bits 2.5
+        --rho-schedule published --budget 99 --bits 2.5 --format packed
         --tune-block --tune-steps 9 --tune-rate 0.1 --tune-batch 3 --allocate --no-permute"""
     command = ["compress", "m", "o", "--quiet", "--overwrite", *text.split()]
     assert run(command, monkeypatch) == 0

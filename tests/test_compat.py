@@ -1,7 +1,7 @@
 """Packed folders in releases of transformers beside the installed one: `make compat`.
 
-Each release is installed from PyPI into a clean environment (with the tokenizers and the hub client
-that it asks for); torch and the rest are seen through a path file behind it.
+Each release is installed from PyPI into a clean environment with what it depends on; torch and the
+rest are seen through a path file behind it.
 """
 
 import os

@@ -65,6 +65,21 @@ def test_loads_generates_and_saves(case: str, pairs: Callable[[str], Pair]) -> N
     compat_check.main(pair.packed, pair.dense)  # what the clean environments run
 
 
+def test_packed_experts_load(tiny: Callable[..., Path], documents: Path, tmp_path: Path) -> None:
+    pair = pair_of(tiny("qwen3_moe"), tmp_path, documents, "2:4", "magnitude")
+    packed, dense = (
+        AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+        for folder in (pair.packed, pair.dense)
+    )
+    names = [name for name, module in packed.named_modules() if isinstance(module, PackedLinear)]
+    assert any(".experts." in name for name in names)
+    ids = token_ids(2, 16)
+    with torch.no_grad():  # experts are summed in another order than fused ones
+        assert torch.allclose(packed(ids).logits, dense(ids).logits, atol=1e-4)
+    packed.save_pretrained(tmp_path / "saved")
+    compat_check.same_tensors(pair.packed, tmp_path / "saved")
+
+
 @pytest.mark.parametrize("order", ORDERS)
 def test_either_may_be_imported_first(order: str, pairs: Callable[[str], Pair]) -> None:
     code = (

@@ -83,7 +83,7 @@ def stages(prepared: Prepared, config: Config, speeds: Speeds) -> list[Stage]:
     )
     products = methods.get(config.method).products(config)
     steps = sum(2 * o.rows * o.columns**2 for o in plan.operators)
-    weights = plan.output_bytes
+    weights = sum(prepared.checkpoint.stored_bytes(n) for n in prepared.checkpoint.tensors)
     spilled = sum(dict(plan.memory)[name] for name in plan.spill)
     found = [
         Stage("read and check", weights / DISK_BYTES_PER_SECOND, weights, 0),
@@ -95,7 +95,7 @@ def stages(prepared: Prepared, config: Config, speeds: Speeds) -> list[Stage]:
         ),
         Stage("solve", products * steps / speeds.solver, weights, 0),
         Stage("propagate", propagate * forward, 0, 0),
-        Stage("write", weights / DISK_BYTES_PER_SECOND, 0, weights),
+        Stage("write", plan.output_bytes / DISK_BYTES_PER_SECOND, 0, plan.output_bytes),
     ]
     if budget.is_needed(config):
         seconds = 8 * 2 / config.samples * forward
