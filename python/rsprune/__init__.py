@@ -17,11 +17,11 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from rsprune._core import __version__
     from rsprune.config import Config
+    from rsprune.driver import make_plan
     from rsprune.errors import RspruneError, UsageError
     from rsprune.eval_tasks import evaluate_tasks
     from rsprune.evaluate import perplexity
     from rsprune.inspect import inspect
-    from rsprune.plan import make_plan
     from rsprune.report import Report, load_report
     from rsprune.run import compress
     from rsprune.verify import verify
@@ -51,7 +51,7 @@ _HOMES = {
     "evaluate_tasks": "eval_tasks",
     "inspect": "inspect",
     "load_report": "report",
-    "make_plan": "plan",
+    "make_plan": "driver",
     "perplexity": "evaluate",
     "verify": "verify",
 }

@@ -145,17 +145,10 @@ def compress(
 
 
 def _plan(model: str, out: Path | None, config: Config, json: bool) -> None:
-    from rsprune import methods
-    from rsprune.estimate import estimate, total
-    from rsprune.plan import prepare
-    from rsprune.sources import resolve
+    from rsprune.driver import estimated_plan
+    from rsprune.estimate import total
 
-    if methods.removes_layers(config.method):
-        from rsprune.depth import plan as depth
-
-        made, stages = depth.estimate(depth.prepare(resolve(model), config, out), config)
-    else:
-        made, stages = estimate(prepare(resolve(model), config, out), config)
+    made, stages = estimated_plan(model, config, out)
     if json:
         _emit(plan=asdict(made), stages=[asdict(stage) for stage in stages])
         return
@@ -163,6 +156,49 @@ def _plan(model: str, out: Path | None, config: Config, json: bool) -> None:
 
     _show(plan_table(made))
     _show(stage_table([*stages, total(stages)]))
+
+
+@app.command()
+def blocks(
+    model: Model,
+    *,
+    calibration: Annotated[
+        list[str] | None, Option(help="Text, JSON-lines, parquet file; hub:NAME; repeatable.")
+    ] = None,
+    calibration_field: Annotated[
+        str | None, Option(help="Field of the records with the text.")
+    ] = None,
+    texts: Annotated[int | None, Option(help="Texts that score the layers [20].")] = None,
+    text_tokens: Annotated[int | None, Option(help="Tokens of such a text [256].")] = None,
+    edit_rate: Annotated[float | None, Option(help="Share of words edited [0.15].")] = None,
+    seed: Annotated[int | None, Option(help="Seed of texts and edits [0].")] = None,
+    html: Annotated[Path | None, Option(help="Draw the scores in this file.")] = None,
+    memory: Annotated[str | None, Option(help="Bound on memory, such as 4GiB.")] = None,
+    device: Device = None,
+    threads: Threads = None,
+    json: Json = False,
+    quiet: Quiet = False,
+) -> None:
+    """Score every decoder layer by every metric; nothing is removed."""
+    config = config_of(
+        {"recipe": None, "calibration": calibration, "calibration_field": calibration_field,
+         "texts": texts, "text_tokens": text_tokens, "edit_rate": edit_rate, "seed": seed,
+         "memory": memory, "device": device, "threads": threads}
+    )  # fmt: skip
+    from rsprune.depth.picture import survey_page
+    from rsprune.depth.survey import survey
+
+    with _exit_if_it_does_not_fit(), _progress(json, quiet) as progress:
+        found = survey(model, config, progress=progress)
+    if html is not None:
+        page = survey_page(found.model.name, found.layers, found.scores)
+        html.write_text(page, encoding="utf-8")
+    if json:
+        _emit(**asdict(found))
+    elif not quiet:
+        from rsprune.tables import score_table
+
+        _show(score_table(found.scores))
 
 
 @app.command(name="eval")

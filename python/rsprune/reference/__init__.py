@@ -8,6 +8,7 @@ from rsprune.reference.admm import AdmmPoint, admm
 from rsprune.reference.certificate import quadratic_error, relative_error
 from rsprune.reference.fista import FistaPoint, fista
 from rsprune.reference.fista_plus import fista_plus
+from rsprune.reference.gradient import gradient_sizes, gradient_squares
 from rsprune.reference.local_search import local_search
 from rsprune.reference.pattern import Pattern
 from rsprune.reference.polish import Polished, polish
@@ -29,6 +30,8 @@ __all__ = [
     "admm",
     "fista",
     "fista_plus",
+    "gradient_sizes",
+    "gradient_squares",
     "local_search",
     "magnitude",
     "narrow",
