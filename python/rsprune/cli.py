@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
 import typer
 
-from rsprune.options import Device, Threads, config_of, takes_options
+from rsprune.options import Device, Threads, config_of, configs_of, takes_options
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
@@ -119,22 +119,28 @@ def compress(
     restart: Annotated[
         bool, Option("--restart", help="Discard an unfinished run of OUT; the default goes on.")
     ] = False,
+    keep_stages: Annotated[
+        bool, Option("--keep-stages", help="Keep the folders between a recipe's stages.")
+    ] = False,
     dry_run: Annotated[bool, Option("--dry-run", help="Only plan.")] = False,
     json: Json = False,
     quiet: Quiet = False,
     **options: Any,
 ) -> None:
-    """Prune a checkpoint, layer by layer."""
-    config = config_of(options)
+    """Prune a checkpoint, layer by layer, or remove layers from it."""
     if dry_run:
-        _plan(model, out, config, json)
+        _plan(model, out, config_of(options), json)
         return
-    from rsprune.run import compress as run_compress
+    from rsprune.stages import compress_stages
 
+    configs = configs_of(options)
+    if keep_stages and len(configs) == 1:
+        raise typer.BadParameter("--keep-stages goes with a recipe that lists stages")
     with _progress(json, quiet) as progress:
-        report = run_compress(
-            model, out, config, overwrite=overwrite, restart=restart, progress=progress
-        )
+        report = compress_stages(
+            model, out, configs, keep=keep_stages, overwrite=overwrite, restart=restart,
+            progress=progress,
+        )  # fmt: skip
     if json:
         _emit(folder=report.folder, summary=report.summary)
     elif not quiet:

@@ -155,17 +155,25 @@ class Config(BaseModel):
     @classmethod
     def from_recipe(cls, path: Path, **overrides: Any) -> Config:
         """Reads `recipe.yaml`; `overrides` win. Unknown keys are refused by name."""
-        try:
-            content = yaml.safe_load(path.read_text(encoding="utf-8"))
-        except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-            raise UsageError(f"recipe {path}: cannot be read: {error}") from None
-        if not isinstance(content, dict):
-            raise UsageError(f"recipe {path}: expected keys and values, found {content!r}")
+        content = read_recipe(path)
+        if "stages" in content:
+            raise UsageError(f"recipe {path}: lists stages, which only `compress` runs")
         return cls.create(**{**content, **overrides})
 
     def to_recipe(self) -> str:
         """The recipe file that gives this configuration again."""
         return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False)
+
+
+def read_recipe(path: Path) -> dict[str, Any]:
+    """The keys and values of a recipe file; raises `UsageError` where it has none."""
+    try:
+        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise UsageError(f"recipe {path}: cannot be read: {error}") from None
+    if not isinstance(content, dict):
+        raise UsageError(f"recipe {path}: expected keys and values, found {content!r}")
+    return content
 
 
 def parse_bytes(text: str) -> int:
