@@ -10,10 +10,10 @@ from hostile import CommandLine
 from tiny_models import LAYERS, ordinary
 
 from rsprune import stages
-from rsprune.config import Config
+from rsprune.config import Config, read_stages
 from rsprune.errors import UsageError
 from rsprune.report import load_report
-from rsprune.stages import compress_stages, read_stages
+from rsprune.stages import compress_stages
 from rsprune.verify import verify
 
 SHARED: dict[str, Any] = {"samples": 8, "seq_len": 32, "texts": 3, "text_tokens": 16, "threads": 1}

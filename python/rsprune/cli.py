@@ -131,16 +131,21 @@ def compress(
     if dry_run:
         _plan(model, out, config_of(options), json)
         return
-    from rsprune.stages import compress_stages
-
     configs = configs_of(options)
     if keep_stages and len(configs) == 1:
         raise typer.BadParameter("--keep-stages goes with a recipe that lists stages")
+    how: dict[str, Any] = {"overwrite": overwrite, "restart": restart}
     with _progress(json, quiet) as progress:
-        report = compress_stages(
-            model, out, configs, keep=keep_stages, overwrite=overwrite, restart=restart,
-            progress=progress,
-        )  # fmt: skip
+        if len(configs) == 1:
+            from rsprune.run import compress as run_compress
+
+            report = run_compress(model, out, configs[0], progress=progress, **how)
+        else:
+            from rsprune.stages import compress_stages
+
+            report = compress_stages(
+                model, out, configs, keep=keep_stages, progress=progress, **how
+            )
     if json:
         _emit(folder=report.folder, summary=report.summary)
     elif not quiet:

@@ -176,6 +176,36 @@ def read_recipe(path: Path) -> dict[str, Any]:
     return content
 
 
+def read_stages(recipe: Path, overrides: dict[str, Any]) -> list[Config]:
+    """The configurations of a recipe's stages; of its only one where it lists none.
+
+    Args:
+        recipe: the file.
+        overrides: options that win over those of every stage.
+
+    Raises:
+        UsageError: the recipe cannot be read or an option is wrong, with the number of the stage;
+            or the method is overridden.
+    """
+    content = read_recipe(recipe)
+    stages = content.pop("stages", None)
+    if stages is None:
+        return [Config.create(**{**content, **overrides})]
+    if not isinstance(stages, list) or not stages or not all(isinstance(s, dict) for s in stages):
+        raise UsageError(
+            f"recipe {recipe}: expected a list of stages, each with options, found {stages!r}"
+        )
+    if "method" in overrides:
+        raise UsageError(f"option method: recipe {recipe} lists stages with methods of their own")
+    configs = []
+    for number, stage in enumerate(stages, start=1):
+        try:
+            configs.append(Config.create(**{**content, **stage, **overrides}))
+        except UsageError as error:
+            raise UsageError(f"recipe {recipe}, stage {number}: {error}") from None
+    return configs
+
+
 def parse_bytes(text: str) -> int:
     """`4GiB`, `500 MB` or `123` as bytes; raises `ValueError`."""
     match = re.fullmatch(r"\s*([0-9]+(?:\.[0-9]+)?)\s*([kmg]i?b)?\s*", text.lower())

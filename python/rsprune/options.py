@@ -110,7 +110,7 @@ def configs_of(options: dict[str, Any]) -> list[Config]:
     recipe: Path | None = options.get("recipe")
     if recipe is None:
         return [config_of(options)]
-    from rsprune.stages import read_stages
+    from rsprune.config import read_stages
 
     return read_stages(recipe, _given({**options, "recipe": None}))
 

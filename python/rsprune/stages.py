@@ -14,13 +14,12 @@ from __future__ import annotations
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import yaml
 
 from rsprune import _core
 from rsprune.checkpoint import Checkpoint
-from rsprune.config import Config, read_recipe
+from rsprune.config import Config
 from rsprune.errors import UsageError
 from rsprune.output import check_output
 from rsprune.progress import NullProgress, Progress
@@ -28,36 +27,6 @@ from rsprune.report import REPORT_NAME, Report, load_report
 from rsprune.resume import difference, model_hashes, options_of
 from rsprune.run import compress
 from rsprune.sources import resolve
-
-
-def read_stages(recipe: Path, overrides: dict[str, Any]) -> list[Config]:
-    """The configurations of a recipe's stages; of its only one where it lists none.
-
-    Args:
-        recipe: the file.
-        overrides: options that win over those of every stage.
-
-    Raises:
-        UsageError: the recipe cannot be read or an option is wrong, with the number of the stage;
-            or the method is overridden.
-    """
-    content = read_recipe(recipe)
-    stages = content.pop("stages", None)
-    if stages is None:
-        return [Config.create(**{**content, **overrides})]
-    if not isinstance(stages, list) or not stages or not all(isinstance(s, dict) for s in stages):
-        raise UsageError(
-            f"recipe {recipe}: expected a list of stages, each with options, found {stages!r}"
-        )
-    if "method" in overrides:
-        raise UsageError(f"option method: recipe {recipe} lists stages with methods of their own")
-    configs = []
-    for number, stage in enumerate(stages, start=1):
-        try:
-            configs.append(Config.create(**{**content, **stage, **overrides}))
-        except UsageError as error:
-            raise UsageError(f"recipe {recipe}, stage {number}: {error}") from None
-    return configs
 
 
 def compress_stages(
@@ -70,7 +39,7 @@ def compress_stages(
     restart: bool = False,
     progress: Progress | None = None,
 ) -> Report:
-    """Runs stages; with one of them, `compress`.
+    """Runs the stages of a recipe.
 
     Args:
         model: folder, hub id or GGUF file.
@@ -88,10 +57,6 @@ def compress_stages(
     Raises:
         UsageError, RspruneError: as `compress`; or a finished stage was made with other options.
     """
-    if len(configs) == 1:
-        return compress(
-            model, out, configs[0], overwrite=overwrite, restart=restart, progress=progress
-        )
     progress, out = progress or NullProgress(), Path(out)
     between = out.with_name(f"{out.name}.stages")
     if restart:
