@@ -86,7 +86,8 @@ def view_gradient(
     tapped, caught = with_parameters(layer, direct), Caught()
     for name, module in tapped.named_modules():
         if isinstance(module, StoredLinear):
-            module.forward = partial(_tapped, module, caught.setdefault(name, []))
+            tap = partial(_tapped, module, caught.setdefault(name, []))
+            module.forward = tap  # type: ignore[method-assign]
     inputs = hidden.detach().clone().requires_grad_()
     output = run_layer(tapped, inputs, kwargs)
     found = torch.autograd.grad(output, [inputs, *direct.values()], above, allow_unused=True)

@@ -145,17 +145,19 @@ def _bars(scores: Mapping[int, float], marked: Collection[int], layers: int) -> 
     logarithmic = low > 0 and high / low > LOG_FROM
     base = TOP + BAR_HEIGHT
 
+    # From zero, unless all bars would then look alike; the foot's value stands beside it.
+    foot = low if logarithmic else 0.0 if 0 <= low < high / 3 else low - (high - low) / 10
+
     def height(value: float) -> float:
         if logarithmic:
             return 4 + (BAR_HEIGHT - 4) * math.log(value / low) / math.log(high / low)
-        start = min(low, 0.0) if low < 0 or low < high / 2 else low - (high - low) / 10
-        return 1 + (BAR_HEIGHT - 1) * (value - start) / ((high - start) or 1.0)
+        return 1 + (BAR_HEIGHT - 1) * (value - foot) / ((high - foot) or 1.0)
 
     right = LEFT + layers * CELL
     shapes = [f'<line class="axis" x1="{LEFT}" x2="{right}" y1="{base}" y2="{base}"/>']
     shapes += _numbers(layers, base + 14)
     shapes.append(_text(LEFT - 8, TOP + 8, f"{high:.4g}", "end"))
-    shapes.append(_text(LEFT - 8, base, f"{low:.4g} (least)", "end"))
+    shapes.append(_text(LEFT - 8, base, f"{foot:.4g}", "end"))
     if logarithmic:
         shapes.append(_text(LEFT - 8, TOP + BAR_HEIGHT / 2, "logarithmic", "end"))
     for index, value in scores.items():
