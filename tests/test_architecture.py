@@ -28,6 +28,7 @@ FOUNDATIONS |= {"progress", "report", "stored", "experts", "scratch", "guard", "
 FOUNDATIONS |= {"packing", "transformers_hook"}
 FOUNDATIONS |= {"clip"}
 FOUNDATIONS |= {"gguf_types", "gguf_models", "gguf_pieces", "gguf_tokenizer"}
+FOUNDATIONS |= {"mixture"}
 MIDDLE = {
     "checkpoint",
     "output",
@@ -43,7 +44,7 @@ MIDDLE |= {"evaluate", "eval_tasks", "harness", "permute", "tune", "resume", "gg
 MIDDLE |= {"packed_linear", "hf"}
 TOP = {"plan", "run", "demo", "verify", "tables", "card", "options", "cli", "estimate"}
 TOP |= {"layer_run", "survey", "allocate", "codes", "budget", "unused", "export"}
-TOP |= {"gguf_export"}
+TOP |= {"gguf_export", "driver", "depth", "stages"}
 
 
 def short(path: Path) -> str:

@@ -20,6 +20,7 @@ from rsprune import transformers_hook
 if TYPE_CHECKING:
     from rsprune._core import __version__
     from rsprune.config import Config
+    from rsprune.driver import make_plan
     from rsprune.errors import RspruneError, UsageError
     from rsprune.eval_tasks import evaluate_tasks
     from rsprune.evaluate import perplexity
@@ -27,7 +28,6 @@ if TYPE_CHECKING:
     from rsprune.hf import load
     from rsprune.inspect import inspect
     from rsprune.packed_linear import int8_errors, set_compute
-    from rsprune.plan import make_plan
     from rsprune.report import Report, load_report
     from rsprune.run import compress
     from rsprune.verify import verify
@@ -64,7 +64,7 @@ _HOMES = {
     "int8_errors": "packed_linear",
     "load": "hf",
     "load_report": "report",
-    "make_plan": "plan",
+    "make_plan": "driver",
     "perplexity": "evaluate",
     "set_compute": "packed_linear",
     "verify": "verify",

@@ -26,6 +26,8 @@ __all__ = [
     "fista",
     "fista_plus",
     "gptq",
+    "gradient_sizes",
+    "gradient_squares",
     "group_channels",
     "kernel_name",
     "magnitude",
@@ -170,6 +172,17 @@ def unpack(
     start: int = 0,
     stop: int | None = None,
 ) -> NDArray[Any]: ...
+def gradient_sizes(
+    deltas: NDArray[np.float32],
+    inputs: NDArray[np.float32],
+    weight: NDArray[Any],
+    dtype: str,
+    *,
+    threads: int | None = None,
+) -> tuple[float, float, float]: ...
+def gradient_squares(
+    deltas: NDArray[np.float32], inputs: NDArray[np.float32], *, threads: int | None = None
+) -> float: ...
 
 @final
 class Shard:
@@ -198,7 +211,7 @@ class ShardWriter:
     @property
     def nbytes(self) -> int: ...
     def put(self, name: str, data: NDArray[np.uint8]) -> None: ...
-    def copy(self, name: str, source: Shard) -> None: ...
+    def copy(self, name: str, source: Shard, *, renamed_from: str | None = None) -> None: ...
     def finish(self) -> None: ...
     def abort(self) -> None: ...
 

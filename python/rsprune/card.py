@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 from typing import Any
 
 import yaml
@@ -10,7 +11,16 @@ import yaml
 from rsprune.methods import CODED
 from rsprune.report import Report, by_kind
 
-__all__ = ["LICENCE_KEYS", "front_matter", "model_card"]
+__all__ = [
+    "LICENCE_KEYS",
+    "front_matter",
+    "load_section",
+    "model_card",
+    "read_front_matter",
+    "recipe_section",
+    "shown_name",
+    "title",
+]
 
 LICENCE_KEYS = ("license", "license_name", "license_link")
 HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
@@ -44,10 +54,10 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 model = AutoModelForCausalLM.from_pretrained("<this folder>", dtype="auto")
 tokenizer = AutoTokenizer.from_pretrained("<this folder>")
 ```
-
-The weights are stored dense, zeros included: the files are as large as before, and ordinary
-kernels take as long as before. The zeros are there for software that makes use of them.
 """
+
+DENSE = """The weights are stored dense, zeros included: the files are as large as before, and
+ordinary kernels take as long as before. The zeros are there for software that makes use of them."""
 
 
 def model_card(report: Report, *, source_card: str | None, base_model: str) -> str:
@@ -59,20 +69,23 @@ def model_card(report: Report, *, source_card: str | None, base_model: str) -> s
         base_model: hub id or path that the user named.
     """
     config = report.run.get("config") or {}
-    # A card is published: it names a local model, but not where it lay on somebody's disk.
-    shown = base_model if HUB_ID.fullmatch(base_model) else _title(base_model)
-    front = yaml.safe_dump(
-        _front_matter(config, source_card, base_model, report.packed), sort_keys=False
-    )
+    shown, packed = shown_name(base_model), report.packed
+    coded = config.get("method") in CODED
+    tags = [
+        "quantized" if coded else "pruned",
+        "packed" if packed else None,
+        None if coded else config.get("pattern"),
+        config.get("method"),
+    ]
     parts = [
-        f"---\n{front}---\n",
-        *([NEEDED] if report.packed else []),
-        f"# {_title(shown)}, {_target(report, config)}\n",
+        front_matter(tags, source_card, base_model),
+        *([NEEDED] if packed else []),
+        f"# {title(shown)}, {_target(report, config)}\n",
         _what_was_done(report, config, shown),
-        LOAD_PACKED if report.packed else LOAD,
+        LOAD_PACKED if packed else load_section(DENSE),
         _certificate(report),
         _calibration(report),
-        _recipe(report, config, shown),
+        recipe_section(report, shown),
     ]
     return "\n".join(parts)
 
@@ -83,27 +96,35 @@ def _target(report: Report, config: dict[str, Any]) -> str:
     return f"pruned to {config.get('pattern')}"
 
 
-def _front_matter(
-    config: dict[str, Any], source_card: str | None, base: str, packed: bool
-) -> dict[str, Any]:
+def shown_name(base_model: str) -> str:
+    """A card is published: it names a local model, but not where it lay on somebody's disk."""
+    return base_model if HUB_ID.fullmatch(base_model) else title(base_model)
+
+
+def load_section(remark: str) -> str:
+    """How to load an ordinary folder, and a remark on it."""
+    return f"{LOAD}\n{remark}\n"
+
+
+def front_matter(tags: Sequence[str | None], source_card: str | None, base: str) -> str:
+    """The YAML that the hub reads: library, base model, licence, tags (`rsprune` among them).
+
+    Args:
+        tags: None for one that is not known.
+        source_card: text of the base model's card.
+        base: hub id or path that the user named.
+    """
     front: dict[str, Any] = {"library_name": "transformers"}
     if HUB_ID.fullmatch(base):
         front["base_model"] = base  # the hub refuses a card whose base_model is a local path
-    source = front_matter(source_card or "")
+    source = read_front_matter(source_card or "")
     front |= {key: source[key] for key in LICENCE_KEYS if key in source}
-    coded = config.get("method") in CODED
-    tags = [
-        "quantized" if coded else "pruned",
-        "rsprune",
-        *(["packed"] if packed else []),
-        None if coded else config.get("pattern"),
-        config.get("method"),
-    ]
-    front["tags"] = [str(tag) for tag in tags if tag]
-    return front
+    first, *others = tags
+    front["tags"] = [str(tag) for tag in (first, "rsprune", *others) if tag]
+    return f"---\n{yaml.safe_dump(front, sort_keys=False)}---\n"
 
 
-def front_matter(card: str) -> dict[str, Any]:
+def read_front_matter(card: str) -> dict[str, Any]:
     """The YAML between the first two `---` lines; empty if there is none or it is broken."""
     match = re.match(r"\ufeff?---[ \t]*\r?\n(.*?)\r?\n---[ \t]*(\r?\n|$)", card, re.DOTALL)
     if match is None:
@@ -115,7 +136,8 @@ def front_matter(card: str) -> dict[str, Any]:
     return content if isinstance(content, dict) else {}
 
 
-def _title(base_model: str) -> str:
+def title(base_model: str) -> str:
+    """The last part of a hub id or path."""
     return base_model.rstrip("/").rpartition("/")[2] or base_model
 
 
@@ -184,12 +206,13 @@ def _calibration(report: Report) -> str:
     return f"{text} Note: {facts['note']}.\n" if facts.get("note") else f"{text}\n"
 
 
-def _recipe(report: Report, config: dict[str, Any], base_model: str) -> str:
+def recipe_section(report: Report, base_model: str) -> str:
+    """How to make the folder again: versions, command and recipe."""
     versions = report.run.get("versions") or {}
     named = [f"rsprune {report.run.get('version')}"]
     named += [f"{name} {version}" for name, version in sorted(versions.items())]
     named += [f"kernel {report.run.get('kernel')}"]
-    recipe = yaml.safe_dump(config, sort_keys=False)
+    recipe = yaml.safe_dump(report.run.get("config") or {}, sort_keys=False)
     return (
         "## How to reproduce it\n\n"
         f"With `recipe.yaml` of this folder ({', '.join(named)}):\n\n"

@@ -192,12 +192,17 @@ class Checkpoint:
         bits: NDArray[Any] = raw.view(np.float32 if info.dtype == "F32" else np.uint16)
         return bits.reshape(info.shape)
 
-    def copy_into(self, writer: _core.ShardWriter, name: str) -> None:
-        """Copies a tensor into a file that is being written, a few MiB at a time; unpacks it."""
+    def copy_into(self, writer: _core.ShardWriter, name: str, called: str) -> None:
+        """Copies a tensor into a file that is being written, a few MiB at a time; unpacks it.
+
+        Args:
+            name: what it is called here.
+            called: what it is called there.
+        """
         if name in self.packed:
-            writer.put(name, self.lend(name).reshape(-1).view(np.uint8))
+            writer.put(called, self.lend(name).reshape(-1).view(np.uint8))
             return
-        writer.copy(name, self._shards[self.tensors[name].file])
+        writer.copy(called, self._shards[self.tensors[name].file], renamed_from=name)
 
     def _read(self, info: TensorInfo, start: int, count: int) -> NDArray[np.uint8]:
         with named_errors():

@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING, Any, BinaryIO
 import numpy as np
 import torch
 
-from rsprune.card import LICENCE_KEYS, front_matter
+from rsprune.card import LICENCE_KEYS, read_front_matter
 from rsprune.errors import RspruneError, UsageError
 from rsprune.gguf_models import add_header
 from rsprune.gguf_plan import Job, Part, make_job
@@ -179,7 +179,7 @@ def _add_general(writer: GGUFWriter, folder: Path, kind: str) -> None:
     writer.add_file_type(LlamaFileType[file_type])
     writer.add_quantization_version(GGML_QUANT_VERSION)
     card = folder / "README.md"
-    facts = front_matter(card.read_text(errors="replace")) if card.is_file() else {}
+    facts = read_front_matter(card.read_text(errors="replace")) if card.is_file() else {}
     for key in LICENCE_KEYS:
         if isinstance(facts.get(key), str):
             writer.add_string(f"general.{key.replace('_', '.')}", facts[key])

@@ -12,7 +12,7 @@ from typer import Option
 if TYPE_CHECKING:
     from rsprune.config import Config
 
-__all__ = ["Device", "Threads", "config_of", "takes_options"]
+__all__ = ["Device", "Threads", "config_of", "configs_of", "takes_options"]
 
 Device = Annotated[str | None, Option(help="Where the model runs: cpu, cuda or auto.")]
 Threads = Annotated[int | None, Option(help="Worker threads [all that this process may use].")]
@@ -30,7 +30,7 @@ def run_options(
         Text,
         Option(
             help="best, admm, fista-plus, fista, sparsegpt, wanda, magnitude; pbs2p-exact, pbs2p, "
-            "billm, arb, gptq."
+            "billm, arb, gptq; whole layers: pip, bi, taylor, perplexity, perplexity-greedy, random."
         ),
     ] = None,
     pattern: Annotated[Text, Option(help="keep:of (2:4, 4:8, ...) or a sparsity (50%).")] = None,
@@ -48,7 +48,10 @@ def run_options(
     ignore: Annotated[
         list[str] | None, Option(help="Glob of tensors that stay dense; repeatable.")
     ] = None,
-    calibration: Annotated[Text, Option(help="Text, JSON-lines, parquet file; hub:NAME.")] = None,
+    calibration: Annotated[
+        list[str] | None,
+        Option(help="Text, JSON-lines, parquet file; hub:NAME; repeatable, interleaved."),
+    ] = None,
     calibration_field: Annotated[Text, Option(help="Field of the records with the text.")] = None,
     samples: Annotated[Number, Option(help="Calibration windows, held-out ones included.")] = None,
     seq_len: Annotated[Number, Option(help="Tokens of a window.")] = None,
@@ -75,6 +78,15 @@ def run_options(
     lambda_start: Annotated[
         Fraction, Option(help="FISTA: first lambda, in relative units.")
     ] = None,
+    remove: Annotated[Text, Option(help="Depth: layers that go, a number or 20%.")] = None,
+    protect: Annotated[Text, Option(help="Depth: layers that stay at both ends, as 4,2.")] = None,
+    fold: Annotated[
+        bool | None, Option(help="Depth: fold the removed layers' linear map into the last one.")
+    ] = None,
+    pip_norm: Annotated[Text, Option(help="PIP: taylor, l1 or l2.")] = None,
+    edit_rate: Annotated[Fraction, Option(help="PIP: share of words that are edited.")] = None,
+    texts: Annotated[Number, Option(help="Depth: texts that score the layers.")] = None,
+    text_tokens: Annotated[Number, Option(help="Depth: tokens of such a text.")] = None,
     tune_block: Annotated[
         bool | None, Option(help="Fit kept weights to the dense layer's output.")
     ] = None,
@@ -100,10 +112,24 @@ def takes_options(command: Callable[..., None]) -> Callable[..., None]:
     return command
 
 
+def configs_of(options: dict[str, Any]) -> list[Config]:
+    """As `config_of`, of every stage that the recipe lists."""
+    recipe: Path | None = options.get("recipe")
+    if recipe is None:
+        return [config_of(options)]
+    from rsprune.config import read_stages
+
+    return read_stages(recipe, _given({**options, "recipe": None}))
+
+
 def config_of(options: dict[str, Any]) -> Config:
     """Only what was given explicitly: a recipe's values win over defaults, not over options."""
     from rsprune.config import Config
 
     recipe: Path | None = options.pop("recipe")
-    given = {name: value for name, value in options.items() if value not in (None, [])}
+    given = _given(options)
     return Config.create(**given) if recipe is None else Config.from_recipe(recipe, **given)
+
+
+def _given(options: dict[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in options.items() if value not in (None, [])}

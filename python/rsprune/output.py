@@ -18,6 +18,7 @@ import socket
 import tempfile
 from collections.abc import Iterator, Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
@@ -31,6 +32,9 @@ from rsprune.packing import PackedWeight, linear_of, with_settings
 WEIGHT_FILES = ("*.safetensors", "*.safetensors.index.json", "*.bin", "*.bin.index.json", "*.pt",
                 "*.pth", "*.ckpt", "*.gguf", "*.h5", "*.msgpack", "*.onnx")  # fmt: skip
 """Files of the input that are weights in some format: never copied to the output."""
+
+OWN_FILES = ("rsprune-report.jsonl", "rsprune-scores.html", "recipe.yaml")
+"""What a run writes about itself: never copied to the output of the next."""
 
 
 class OutputFolder:
@@ -102,18 +106,23 @@ class OutputFolder:
             shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
 
     def keep_shard(
-        self, file: str, source: Checkpoint, names: list[str], packed: Mapping[str, PackedWeight]
+        self,
+        file: str,
+        source: Checkpoint,
+        names: list[str],
+        packed: Mapping[str, PackedWeight] = MappingProxyType({}),
+        renamed: Mapping[str, str] = MappingProxyType({}),
     ) -> None:
-        """Counts a shard in that is finished."""
+        """Counts a shard in that is finished; arguments as in `put_shard`."""
         for name in names:
-            info = source.tensors[name]
+            info, called = source.tensors[name], renamed.get(name, name)
             if (form := packed.get(name)) is None:
-                self._files[name] = file
+                self._files[called] = file
                 self.total_bytes += info.nbytes
             else:
-                self._files |= {f"{linear_of(name)}.{part}": file for part, _, _ in form.layout}
+                self._files |= {f"{linear_of(called)}.{part}": file for part, _, _ in form.layout}
                 self.total_bytes += form.nbytes
-                self.packed[name] = form
+                self.packed[called] = form
             self.total_parameters += math.prod(info.shape)
 
     def put_shard(
@@ -122,41 +131,45 @@ class OutputFolder:
         source: Checkpoint,
         names: list[str],
         changed: Mapping[str, NDArray[Any]],
-        packed: Mapping[str, PackedWeight] | None = None,
-        parts: Mapping[str, dict[str, NDArray[Any]]] | None = None,
+        packed: Mapping[str, PackedWeight] = MappingProxyType({}),
+        parts: Mapping[str, dict[str, NDArray[Any]]] = MappingProxyType({}),
+        renamed: Mapping[str, str] = MappingProxyType({}),
     ) -> dict[str, Any]:
         """Writes one shard: `changed` tensors as given, the others copied from `source`.
 
         Args:
             file: its name.
             source: where the tensors are described, and lie unless they have changed.
-            names: of the tensors in the shard.
+            names: the tensors of the shard, as `source` calls them; so do the other arguments.
             changed: tensors as they are stored (or would be, if they were not packed).
             packed: which of these are packed, and how.
             parts: what packed ones consist of, where that is known already.
+            renamed: what those are called in the shard that have another name there.
 
         Returns:
             file, bytes and sha256 of what is on disk.
         """
-        packed, parts, plan = packed or {}, parts or {}, []
-        for info in (source.tensors[name] for name in names):
-            if (form := packed.get(info.name)) is None:
-                plan.append((info.name, info.dtype, list(info.shape)))
+        called = {name: renamed.get(name, name) for name in names}
+        plan = []
+        for name in names:
+            if (form := packed.get(name)) is None:
+                info = source.tensors[name]
+                plan.append((called[name], info.dtype, list(info.shape)))
             else:
-                prefix = linear_of(info.name)
+                prefix = linear_of(called[name])
                 plan += [(f"{prefix}.{part}", dtype, shape) for part, dtype, shape in form.layout]
         with named_errors():
             writer = _core.ShardWriter(self.folder / file, plan, {"format": "pt"})
             for name in names:
                 if (form := packed.get(name)) is not None:
                     for part, value in (parts.get(name) or form.pack(changed[name])).items():
-                        writer.put(f"{linear_of(name)}.{part}", _bytes(value))
+                        writer.put(f"{linear_of(called[name])}.{part}", _bytes(value))
                 elif name in changed:
-                    writer.put(name, _bytes(changed[name]))
+                    writer.put(called[name], _bytes(changed[name]))
                 else:
-                    source.copy_into(writer, name)
+                    source.copy_into(writer, name, called[name])
             writer.finish()
-        self.keep_shard(file, source, names, packed)
+        self.keep_shard(file, source, names, packed, renamed)
         path = self.folder / file
         return {"file": file, "bytes": path.stat().st_size, "sha256": sha256(path)}
 
@@ -241,7 +254,7 @@ def other_files(source: Path) -> list[Path]:
         hidden = any(part.startswith(".") for part in relative.parts)
         if path.is_dir() or hidden or any(path.match(p) for p in WEIGHT_FILES):
             continue
-        if path.name in ("rsprune-report.jsonl", "recipe.yaml"):
+        if path.name in OWN_FILES:
             continue
         if not path.is_file():
             raise UsageError(f"{path}: expected a file to copy, found a pipe or a broken link")

@@ -10,6 +10,7 @@ from rsprune.reference.binarize_published import arb, billm, gptq, pbs2p
 from rsprune.reference.certificate import quadratic_error, relative_error
 from rsprune.reference.fista import FistaPoint, fista
 from rsprune.reference.fista_plus import fista_plus
+from rsprune.reference.gradient import gradient_sizes, gradient_squares
 from rsprune.reference.local_search import local_search
 from rsprune.reference.pattern import Pattern
 from rsprune.reference.polish import Polished, polish
@@ -35,6 +36,8 @@ __all__ = [
     "fista",
     "fista_plus",
     "gptq",
+    "gradient_sizes",
+    "gradient_squares",
     "local_search",
     "magnitude",
     "narrow",

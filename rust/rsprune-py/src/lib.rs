@@ -4,6 +4,7 @@ mod binarize;
 mod buffers;
 mod enter;
 mod errors;
+mod gradient;
 mod pack;
 mod packed;
 mod shard;
@@ -22,5 +23,6 @@ fn _core(m: &Bound<'_, PyModule>) -> PyResult<()> {
     pack::register(m)?;
     packed::register(m)?;
     binarize::register(m)?;
+    gradient::register(m)?;
     shard::register(m)
 }
