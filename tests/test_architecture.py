@@ -176,6 +176,7 @@ LOWER = {
     "linalg": {"disk", "error", "float", "kernels", "par"},
     "shard": {"disk", "error", "float"},
     "solve": {"error", "float", "kernels", "par", "pattern", "linalg"},
+    "lowrank": {"error", "float", "kernels", "par", "linalg"},
 }
 """Module of the core -> what it may use."""
 

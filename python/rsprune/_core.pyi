@@ -10,6 +10,7 @@ from numpy.typing import NDArray
 __all__ = [
     "MappedTensor",
     "Pattern",
+    "Regression",
     "Shard",
     "ShardWriter",
     "Statistics",
@@ -24,9 +25,11 @@ __all__ = [
     "group_channels",
     "kernel_name",
     "magnitude",
+    "pair_distance",
     "plan_shard",
     "polish",
     "sparsegpt",
+    "truncated_svd",
     "wanda",
     "write_file",
 ]
@@ -122,6 +125,39 @@ def polish(
 def group_channels(
     operator: _Operator, *, segment: int, repeats: int, threads: int | None = None
 ) -> NDArray[np.int64]: ...
+
+_Triples = tuple[NDArray[np.float32], NDArray[np.float64], NDArray[np.float32]]
+
+def truncated_svd(
+    weight: NDArray[Any], dtype: str, *, rank: int, seed: int = 0, threads: int | None = None
+) -> _Triples: ...
+def pair_distance(
+    one: _Triples, other: _Triples, *, rank: int, threads: int | None = None
+) -> float: ...
+
+@final
+class Regression:
+    def __new__(cls, inputs: int, outputs: int) -> Regression: ...
+    def add(
+        self,
+        x: NDArray[np.float32],
+        targets: NDArray[np.float32] | None = None,
+        *,
+        threads: int | None = None,
+    ) -> None: ...
+    @property
+    def tokens(self) -> int: ...
+    def fit(
+        self,
+        heldout: Regression | None,
+        *,
+        rank: int | None,
+        dampings: Sequence[float],
+        threads: int | None = None,
+    ) -> tuple[NDArray[np.float32] | None, NDArray[np.float32], dict[str, Any]]: ...
+    def factors(
+        self, weight: NDArray[Any], dtype: str, *, rank: int, threads: int | None = None
+    ) -> tuple[NDArray[np.float32], NDArray[np.float32]]: ...
 
 @final
 class Shard:

@@ -9,6 +9,7 @@ from rsprune.reference.certificate import quadratic_error, relative_error
 from rsprune.reference.fista import FistaPoint, fista
 from rsprune.reference.fista_plus import fista_plus
 from rsprune.reference.local_search import local_search
+from rsprune.reference.lowrank import factors, pair_distance, reduced_rank, truncated_svd
 from rsprune.reference.pattern import Pattern
 from rsprune.reference.polish import Polished, polish
 from rsprune.reference.refit import refit
@@ -27,16 +28,20 @@ __all__ = [
     "Scaled",
     "Statistics",
     "admm",
+    "factors",
     "fista",
     "fista_plus",
     "local_search",
     "magnitude",
     "narrow",
+    "pair_distance",
     "polish",
     "quadratic_error",
+    "reduced_rank",
     "refit",
     "relative_error",
     "sparsegpt",
+    "truncated_svd",
     "wanda",
     "widen",
 ]

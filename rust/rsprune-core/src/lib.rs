@@ -2,13 +2,14 @@
 //!
 //! Layers, lowest first; a module uses only those above it in this list:
 //! `error`, `disk`, `par` | `kernels` (matrix tiles) | `linalg` (GEMM, Gram, Cholesky) | `pattern` |
-//! `solve` (the methods) and, beside them, `shard` (safetensors files).
+//! `solve` (the methods), `lowrank` (maps of low rank) and, beside them, `shard` (safetensors files).
 
 pub mod disk;
 pub mod error;
 pub mod float;
 pub mod kernels;
 pub mod linalg;
+pub mod lowrank;
 pub mod par;
 pub mod pattern;
 pub mod shard;

@@ -3,6 +3,7 @@
 mod buffers;
 mod enter;
 mod errors;
+mod lowrank;
 mod shard;
 mod solve;
 mod statistics;
@@ -16,5 +17,6 @@ fn _core(m: &Bound<'_, PyModule>) -> PyResult<()> {
     m.add_function(wrap_pyfunction!(enter::kernel_name, m)?)?;
     statistics::register(m)?;
     solve::register(m)?;
+    lowrank::register(m)?;
     shard::register(m)
 }

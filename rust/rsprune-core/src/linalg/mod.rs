@@ -23,5 +23,7 @@ pub use jacobi::{Eigen, symmetric_eigen};
 pub use orthonormal::orthonormalise;
 pub use pack::{PackedB, Scratch};
 pub use power::largest_eigenvalue;
-pub use subspace::{Svd, rows_times, times_transposed, top_eigenvectors, transposed, truncated_svd};
+pub use subspace::{
+    Svd, rows_times, times_transposed, top_eigenvectors, transposed, truncated_svd,
+};
 pub use triangular::solve_rows;

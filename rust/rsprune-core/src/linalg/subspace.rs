@@ -202,12 +202,12 @@ fn inner_products(job: &Job, rows: &[f32], n: usize) -> Result<Vec<f64>> {
 /// `(q b^T + b q^T) / 2` in f64, for a product that is symmetric up to rounding.
 fn cross_products(job: &Job, q: &[f32], b: &[f32], n: usize) -> Result<Vec<f64>> {
     let k = q.len() / n;
-    let at = |rows: &'_ [f32], i: usize| rows[i * n..(i + 1) * n].to_vec();
+    let rows = |i: usize| (&q[i * n..(i + 1) * n], &b[i * n..(i + 1) * n]);
     let lines = job.map(k, |i| {
-        let (q_i, b_i) = (at(q, i), at(b, i));
+        let (q_i, b_i) = rows(i);
         let entry = |j: usize| {
-            let (q_j, b_j) = (&q[j * n..(j + 1) * n], &b[j * n..(j + 1) * n]);
-            0.5 * (dot(&q_i, b_j) + dot(q_j, &b_i))
+            let (q_j, b_j) = rows(j);
+            0.5 * (dot(q_i, b_j) + dot(q_j, b_i))
         };
         Ok((0..k).map(entry).collect::<Vec<f64>>())
     })?;
@@ -239,7 +239,8 @@ mod tests {
             for (i, j) in (0..m * n).step_by(11).map(|at| (at / n, at % n)) {
                 let back: f64 = (0..rank)
                     .map(|p| {
-                        let outer = f64::from(svd.left[p * m + i]) * f64::from(svd.right[p * n + j]);
+                        let outer =
+                            f64::from(svd.left[p * m + i]) * f64::from(svd.right[p * n + j]);
                         svd.values[p] * outer
                     })
                     .sum();
