@@ -102,6 +102,8 @@ def test_regressions_of_reduced_rank_are_optimal(
 
 def test_held_out_tokens_choose_the_penalty() -> None:
     x, targets = problem(3, 60, 50)
+    x[:, 0] /= 300
+    targets = np.random.default_rng(0).standard_normal(targets.shape).astype(np.float32)
     few, many = sums(x[:70], targets[:70]), sums(x[70:], targets[70:])
     dampings = [1e-4, 1e-2, 1e-1, 1.0]
     losses = [few.fit(many, rank=None, dampings=[d])[2]["heldout"][0] for d in dampings]
@@ -119,7 +121,7 @@ def test_factors_are_closest_on_the_inputs(seed: int, inputs: int, rows: int, da
     nearest = reference.factors(x.astype(np.float64), weight.astype(np.float64), rank=rank)
     error = np.linalg.norm(x @ (weight - output.T @ given_).T)
     scale = np.linalg.norm(x @ weight.T)
-    assert error <= np.linalg.norm(x @ (weight - nearest).T) * 1.001 + 3e-4 * scale
+    assert error <= np.linalg.norm(x @ (weight - nearest).T) * 1.001 + 1e-3 * scale
 
 
 def test_channels_without_a_value_take_no_part() -> None:

@@ -22,6 +22,8 @@ __all__ = [
     "exchange",
     "fista",
     "fista_plus",
+    "gradient_sizes",
+    "gradient_squares",
     "group_channels",
     "kernel_name",
     "magnitude",
@@ -125,6 +127,17 @@ def polish(
 def group_channels(
     operator: _Operator, *, segment: int, repeats: int, threads: int | None = None
 ) -> NDArray[np.int64]: ...
+def gradient_sizes(
+    deltas: NDArray[np.float32],
+    inputs: NDArray[np.float32],
+    weight: NDArray[Any],
+    dtype: str,
+    *,
+    threads: int | None = None,
+) -> tuple[float, float, float]: ...
+def gradient_squares(
+    deltas: NDArray[np.float32], inputs: NDArray[np.float32], *, threads: int | None = None
+) -> float: ...
 
 _Triples = tuple[NDArray[np.float32], NDArray[np.float64], NDArray[np.float32]]
 
@@ -186,7 +199,7 @@ class ShardWriter:
     @property
     def nbytes(self) -> int: ...
     def put(self, name: str, data: NDArray[np.uint8]) -> None: ...
-    def copy(self, name: str, source: Shard) -> None: ...
+    def copy(self, name: str, source: Shard, *, renamed_from: str | None = None) -> None: ...
     def finish(self) -> None: ...
     def abort(self) -> None: ...
 

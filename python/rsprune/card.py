@@ -3,13 +3,21 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 from typing import Any
 
 import yaml
 
 from rsprune.report import Report, by_kind
 
-__all__ = ["model_card"]
+__all__ = [
+    "front_matter",
+    "load_section",
+    "model_card",
+    "recipe_section",
+    "shown_name",
+    "title",
+]
 
 LICENCE_KEYS = ("license", "license_name", "license_link")
 HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
@@ -24,10 +32,10 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 model = AutoModelForCausalLM.from_pretrained("<this folder>", dtype="auto")
 tokenizer = AutoTokenizer.from_pretrained("<this folder>")
 ```
-
-The weights are stored dense, zeros included: the files are as large as before, and ordinary
-kernels take as long as before. The zeros are there for software that makes use of them.
 """
+
+DENSE = """The weights are stored dense, zeros included: the files are as large as before, and
+ordinary kernels take as long as before. The zeros are there for software that makes use of them."""
 
 
 def model_card(report: Report, *, source_card: str | None, base_model: str) -> str:
@@ -39,30 +47,46 @@ def model_card(report: Report, *, source_card: str | None, base_model: str) -> s
         base_model: hub id or path that the user named.
     """
     config = report.run.get("config") or {}
-    # A card is published: it names a local model, but not where it lay on somebody's disk.
-    shown = base_model if HUB_ID.fullmatch(base_model) else _title(base_model)
-    front = yaml.safe_dump(_front_matter(config, source_card, base_model), sort_keys=False)
+    shown = shown_name(base_model)
+    tags = ["pruned", config.get("pattern"), config.get("method")]
     parts = [
-        f"---\n{front}---\n",
-        f"# {_title(shown)}, pruned to {config.get('pattern')}\n",
+        front_matter(tags, source_card, base_model),
+        f"# {title(shown)}, pruned to {config.get('pattern')}\n",
         _what_was_done(report, config, shown),
-        LOAD,
+        load_section(DENSE),
         _certificate(report),
         _calibration(report),
-        _recipe(report, config, shown),
+        recipe_section(report, shown),
     ]
     return "\n".join(parts)
 
 
-def _front_matter(config: dict[str, Any], source_card: str | None, base: str) -> dict[str, Any]:
+def shown_name(base_model: str) -> str:
+    """A card is published: it names a local model, but not where it lay on somebody's disk."""
+    return base_model if HUB_ID.fullmatch(base_model) else title(base_model)
+
+
+def load_section(remark: str) -> str:
+    """How to load an ordinary folder, and a remark on it."""
+    return f"{LOAD}\n{remark}\n"
+
+
+def front_matter(tags: Sequence[str | None], source_card: str | None, base: str) -> str:
+    """The YAML that the hub reads: library, base model, licence, tags (`rsprune` among them).
+
+    Args:
+        tags: None for one that is not known.
+        source_card: text of the base model's card.
+        base: hub id or path that the user named.
+    """
     front: dict[str, Any] = {"library_name": "transformers"}
     if HUB_ID.fullmatch(base):
         front["base_model"] = base  # the hub refuses a card whose base_model is a local path
     source = _read_front_matter(source_card or "")
     front |= {key: source[key] for key in LICENCE_KEYS if key in source}
-    tags = ["pruned", "rsprune", config.get("pattern"), config.get("method")]
-    front["tags"] = [str(tag) for tag in tags if tag]
-    return front
+    first, *others = tags
+    front["tags"] = [str(tag) for tag in (first, "rsprune", *others) if tag]
+    return f"---\n{yaml.safe_dump(front, sort_keys=False)}---\n"
 
 
 def _read_front_matter(card: str) -> dict[str, Any]:
@@ -77,7 +101,8 @@ def _read_front_matter(card: str) -> dict[str, Any]:
     return content if isinstance(content, dict) else {}
 
 
-def _title(base_model: str) -> str:
+def title(base_model: str) -> str:
+    """The last part of a hub id or path."""
     return base_model.rstrip("/").rpartition("/")[2] or base_model
 
 
@@ -134,12 +159,13 @@ def _calibration(report: Report) -> str:
     return f"{text} Note: {facts['note']}.\n" if facts.get("note") else f"{text}\n"
 
 
-def _recipe(report: Report, config: dict[str, Any], base_model: str) -> str:
+def recipe_section(report: Report, base_model: str) -> str:
+    """How to make the folder again: versions, command and recipe."""
     versions = report.run.get("versions") or {}
     named = [f"rsprune {report.run.get('version')}"]
     named += [f"{name} {version}" for name, version in sorted(versions.items())]
     named += [f"kernel {report.run.get('kernel')}"]
-    recipe = yaml.safe_dump(config, sort_keys=False)
+    recipe = yaml.safe_dump(report.run.get("config") or {}, sort_keys=False)
     return (
         "## How to reproduce it\n\n"
         f"With `recipe.yaml` of this folder ({', '.join(named)}):\n\n"

@@ -129,9 +129,14 @@ class Checkpoint:
         bits: NDArray[Any] = raw.view(np.float32 if info.dtype == "F32" else np.uint16)
         return bits.reshape(info.shape)
 
-    def copy_into(self, writer: _core.ShardWriter, name: str) -> None:
-        """Copies a tensor into a file that is being written, a few MiB at a time."""
-        writer.copy(name, self._shards[self.tensors[name].file])
+    def copy_into(self, writer: _core.ShardWriter, name: str, called: str) -> None:
+        """Copies a tensor into a file that is being written, a few MiB at a time.
+
+        Args:
+            name: what it is called here.
+            called: what it is called there.
+        """
+        writer.copy(called, self._shards[self.tensors[name].file], renamed_from=name)
 
     def _read(self, info: TensorInfo, start: int, count: int) -> NDArray[np.uint8]:
         with named_errors():

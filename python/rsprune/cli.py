@@ -138,18 +138,24 @@ def compress(
     if json:
         _emit(folder=report.folder, summary=report.summary)
     elif not quiet:
-        from rsprune.tables import certificate_table, summary_table
+        from rsprune.tables import certificate_table, removal_table, summary_table
 
-        _show(certificate_table(report))
+        _show(removal_table(report) if report.removals else certificate_table(report))
         _show(summary_table(report))
 
 
 def _plan(model: str, out: Path | None, config: Config, json: bool) -> None:
+    from rsprune import methods
     from rsprune.estimate import estimate, total
     from rsprune.plan import prepare
     from rsprune.sources import resolve
 
-    made, stages = estimate(prepare(resolve(model), config, out), config)
+    if methods.removes_layers(config.method):
+        from rsprune.depth import plan as depth
+
+        made, stages = depth.estimate(depth.prepare(resolve(model), config, out), config)
+    else:
+        made, stages = estimate(prepare(resolve(model), config, out), config)
     if json:
         _emit(plan=asdict(made), stages=[asdict(stage) for stage in stages])
         return

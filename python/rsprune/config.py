@@ -38,8 +38,8 @@ class Config(BaseModel):
     ignore: tuple[str, ...] = DEFAULT_IGNORE
     """Globs over on-disk tensor names that stay dense."""
 
-    calibration: str | None = None
-    """Text file, `hub:` dataset, or None for the offline default."""
+    calibration: tuple[str, ...] = ()
+    """Text files and `hub:` datasets, their windows interleaved; none is the offline default."""
     calibration_field: str | None = None
     """Field of a JSON-lines or parquet file that holds the text; None guesses and says so."""
     samples: int = Field(default=128, ge=1)
@@ -84,6 +84,21 @@ class Config(BaseModel):
     lambda_start: float | None = Field(default=None, gt=0.0)
     """FISTA: first lambda, in units of the mean squared input times the weights' rms."""
 
+    remove: str | None = None
+    """Depth pruning: how many decoder layers go, as a number or a share such as `20%`."""
+    protect: tuple[int, int] = (4, 2)
+    """Depth pruning: how many layers at the start and at the end stay."""
+    fold: bool = True
+    """Depth pruning: whether a removed span's linear map goes into the layer before it."""
+    pip_norm: Literal["l1", "l2", "taylor"] = "taylor"
+    """PIP: the size of a difference of gradients."""
+    edit_rate: float = Field(default=0.15, gt=0.0, le=1.0)
+    """PIP: share of the words of four letters or more that the second view changes."""
+    texts: int = Field(default=20, ge=1)
+    """Depth pruning: texts by which layers are scored."""
+    text_tokens: int = Field(default=256, ge=8)
+    """Depth pruning: tokens of such a text."""
+
     tune_block: bool = False
     """Whether a layer's kept weights and norms are then fitted to the dense layer's output."""
     tune_steps: int = Field(default=128, ge=1)
@@ -107,10 +122,27 @@ class Config(BaseModel):
     def _bytes(cls, value: Any) -> Any:
         return parse_bytes(value) if isinstance(value, str) else value
 
-    @field_validator("ignore", mode="before")
+    @field_validator("ignore", "calibration", mode="before")
     @classmethod
     def _tuple(cls, value: Any) -> Any:
-        return (value,) if isinstance(value, str) else value
+        return () if value is None else (value,) if isinstance(value, str) else value
+
+    @field_validator("remove", mode="before")
+    @classmethod
+    def _text(cls, value: Any) -> Any:
+        return str(value) if isinstance(value, (int, float)) else value
+
+    @field_validator("protect", mode="before")
+    @classmethod
+    def _pair(cls, value: Any) -> Any:
+        return tuple(value.split(",")) if isinstance(value, str) else value
+
+    @field_validator("protect")
+    @classmethod
+    def _counts(cls, value: tuple[int, int]) -> tuple[int, int]:
+        if min(value) < 0:
+            raise ValueError("expected two counts of 0 or more, such as 4,2")
+        return value
 
     @classmethod
     def create(cls, **options: Any) -> Config:

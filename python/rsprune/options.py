@@ -27,7 +27,11 @@ Fraction = float | None
 def run_options(
     recipe: Annotated[Path | None, Option(help="File of these options; explicit ones win.")] = None,
     method: Annotated[
-        Text, Option(help="best, admm, fista-plus, fista, sparsegpt, wanda, magnitude.")
+        Text,
+        Option(
+            help="best, admm, fista-plus, fista, sparsegpt, wanda, magnitude; whole layers: pip, "
+            "bi, taylor, perplexity, perplexity-greedy, random."
+        ),
     ] = None,
     pattern: Annotated[Text, Option(help="keep:of (2:4, 4:8, ...) or a sparsity (50%).")] = None,
     scope: Annotated[Text, Option(help="Over what a sparsity counts: row or matrix.")] = None,
@@ -40,7 +44,10 @@ def run_options(
     ignore: Annotated[
         list[str] | None, Option(help="Glob of tensors that stay dense; repeatable.")
     ] = None,
-    calibration: Annotated[Text, Option(help="Text, JSON-lines, parquet file; hub:NAME.")] = None,
+    calibration: Annotated[
+        list[str] | None,
+        Option(help="Text, JSON-lines, parquet file; hub:NAME; repeatable, interleaved."),
+    ] = None,
     calibration_field: Annotated[Text, Option(help="Field of the records with the text.")] = None,
     samples: Annotated[Number, Option(help="Calibration windows, held-out ones included.")] = None,
     seq_len: Annotated[Number, Option(help="Tokens of a window.")] = None,
@@ -64,6 +71,15 @@ def run_options(
     lambda_start: Annotated[
         Fraction, Option(help="FISTA: first lambda, in relative units.")
     ] = None,
+    remove: Annotated[Text, Option(help="Depth: layers that go, a number or 20%.")] = None,
+    protect: Annotated[Text, Option(help="Depth: layers that stay at both ends, as 4,2.")] = None,
+    fold: Annotated[
+        bool | None, Option(help="Depth: fold the removed layers' linear map into the last one.")
+    ] = None,
+    pip_norm: Annotated[Text, Option(help="PIP: taylor, l1 or l2.")] = None,
+    edit_rate: Annotated[Fraction, Option(help="PIP: share of words that are edited.")] = None,
+    texts: Annotated[Number, Option(help="Depth: texts that score the layers.")] = None,
+    text_tokens: Annotated[Number, Option(help="Depth: tokens of such a text.")] = None,
     tune_block: Annotated[
         bool | None, Option(help="Fit kept weights to the dense layer's output.")
     ] = None,

@@ -16,8 +16,9 @@ import os
 import shutil
 import socket
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
@@ -99,32 +100,51 @@ class OutputFolder:
         for path in found:
             shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
 
-    def keep_shard(self, file: str, source: Checkpoint, names: list[str]) -> None:
-        """Counts a shard in that an earlier run has finished."""
+    def keep_shard(
+        self,
+        file: str,
+        source: Checkpoint,
+        names: list[str],
+        renamed: Mapping[str, str] = MappingProxyType({}),
+    ) -> None:
+        """Counts a shard in that an earlier run has finished; arguments as in `put_shard`."""
         for name in names:
-            self._files[name] = file
+            self._files[renamed.get(name, name)] = file
             self.total_bytes += source.tensors[name].nbytes
             self.total_parameters += math.prod(source.tensors[name].shape)
 
     def put_shard(
-        self, file: str, source: Checkpoint, names: list[str], changed: dict[str, NDArray[Any]]
+        self,
+        file: str,
+        source: Checkpoint,
+        names: list[str],
+        changed: dict[str, NDArray[Any]],
+        renamed: Mapping[str, str] = MappingProxyType({}),
     ) -> dict[str, Any]:
         """Writes one shard: `changed` tensors as given, the others copied from `source`.
+
+        Args:
+            file: its name.
+            source: where the tensors come from.
+            names: the tensors, as `source` calls them.
+            changed: new values, by the same names.
+            renamed: what those are called in the shard that have another name there.
 
         Returns:
             file, bytes and sha256 of what is on disk.
         """
         infos = [source.tensors[name] for name in names]
-        plan = [(info.name, info.dtype, list(info.shape)) for info in infos]
+        called = {name: renamed.get(name, name) for name in names}
+        plan = [(called[info.name], info.dtype, list(info.shape)) for info in infos]
         with named_errors():
             writer = _core.ShardWriter(self.folder / file, plan, {"format": "pt"})
             for info in infos:
                 if (new := changed.get(info.name)) is None:
-                    source.copy_into(writer, info.name)
+                    source.copy_into(writer, info.name, called[info.name])
                 else:
-                    writer.put(info.name, new.reshape(-1).view(np.uint8))
+                    writer.put(called[info.name], new.reshape(-1).view(np.uint8))
             writer.finish()
-        self.keep_shard(file, source, names)
+        self.keep_shard(file, source, names, renamed)
         path = self.folder / file
         return {"file": file, "bytes": path.stat().st_size, "sha256": sha256(path)}
 

@@ -1,7 +1,7 @@
 """`rsprune-report.jsonl`: what a run did, one JSON object a line, written as the run goes.
 
-Each line has a `kind`: run, allocation, tensor, layer, file or summary. Of repeated lines the last
-one counts. A report without its summary belongs to an unfinished run.
+Each line has a `kind`: run, allocation, removal, tensor, layer, file or summary. Of repeated lines
+the last one counts. A report without its summary belongs to an unfinished run.
 """
 
 from __future__ import annotations
@@ -19,11 +19,17 @@ from rsprune.errors import RspruneError
 __all__ = ["REPORT_NAME", "Journal", "KindRow", "Report", "by_kind", "load_report"]
 
 REPORT_NAME = "rsprune-report.jsonl"
-KINDS = ("run", "allocation", "tensor", "layer", "file", "summary")
-KEYS = {"tensor": "name", "layer": "layer", "file": "file"}  # what tells two lines of a kind apart
+KINDS = ("run", "allocation", "removal", "tensor", "layer", "file", "summary")
+KEYS = {
+    "tensor": "name",
+    "layer": "layer",
+    "file": "file",
+    "removal": "iteration",
+}  # what tells two lines of a kind apart
 TYPES: dict[str, tuple[type, ...]] = {
     **dict.fromkeys(("name", "file", "dtype", "pattern", "scope", "sha256"), (str,)),
     "shape": (list,),
+    "scores": (dict,),
     "bytes": (int,),
     "sparsity": (float, int),
 }
@@ -59,8 +65,8 @@ class Journal:
         length = self.path.stat().st_size
         try:
             self._append(line.encode() + b"\n")
-            if kind == "layer":
-                os.fsync(self._file.fileno())  # from now on its shard counts
+            if kind in ("layer", "removal"):
+                os.fsync(self._file.fileno())  # from now on its shard, or its scores, count
         except OSError as error:
             self._file.truncate(length)
             raise RspruneError(f"{self.path}: write of a {kind} line: {error.strerror}") from None
@@ -108,6 +114,7 @@ class Report:
     folder: Path
     files: list[Record] = field(default_factory=list)
     allocation: Record | None = None
+    removals: list[Record] = field(default_factory=list)
 
     @property
     def few_tokens(self) -> str | None:
@@ -139,10 +146,10 @@ def load_report(folder: str | Path) -> Report:
         found[kind][record[KEYS[kind]] if kind in KEYS else None] = record
     if not found["run"]:
         raise RspruneError(f"{path}: expected a record of kind run, found none in {len(records)}")
-    tensors, layers, files = (list(found[kind].values()) for kind in KEYS)
+    tensors, layers, files, removals = (list(found[kind].values()) for kind in KEYS)
     summary, allocation = found["summary"].get(None), found["allocation"].get(None)
     run = found["run"][None]
-    return Report(run, tensors, layers, summary, Path(folder), files, allocation)
+    return Report(run, tensors, layers, summary, Path(folder), files, allocation, removals)
 
 
 def read_records(path: Path) -> list[tuple[bytes, Record]]:

@@ -25,8 +25,9 @@ from rsprune.calibrate import LayerJob
 from rsprune.checkpoint import Checkpoint, sha256
 from rsprune.config import Config
 from rsprune.errors import UsageError
+from rsprune.output import OutputFolder
 from rsprune.permute import Coupling, reorder
-from rsprune.report import REPORT_NAME, Record, read_records
+from rsprune.report import REPORT_NAME, Journal, Record, read_records
 from rsprune.scratch import Scratch
 
 FREE = ("memory", "threads", "device")
@@ -99,6 +100,37 @@ def _plain(value: Any) -> Any:
     return json.loads(json.dumps(value))
 
 
+def take_up(
+    output: OutputFolder, own: dict[str, Any], first: Record, *, restart: bool
+) -> tuple[Journal, list[Record]]:
+    """Opens the journal: a new one, or that of the unfinished run that lies there.
+
+    Args:
+        output: its folder is cleared where nothing is gone on with.
+        own: the fingerprint of this run.
+        first: fields of the first line of a new journal.
+        restart: whether what lies there is discarded.
+
+    Returns:
+        The journal, and the lines of an earlier run that still count; none for a new one.
+
+    Raises:
+        UsageError: another run lies there.
+    """
+    folder, records = output.folder, []
+    if not restart and (folder / REPORT_NAME).exists():
+        Journal(folder).close()  # cuts a torn line
+        records = [record for _, record in read_records(folder / REPORT_NAME)]
+    if not records:
+        output.clear()
+        journal = Journal(folder)
+        journal.write("run", **first, fingerprint=own)
+        return journal, []
+    check_fingerprint(output.out, records[0].get("fingerprint", {}), own)
+    kept = rewind(folder, finished(folder, records))
+    return Journal(folder), [record for record in kept if record["kind"] != "run"]
+
+
 def finished(folder: Path, records: list[Record]) -> int:
     """How many layers, from the first on, are finished and whole on disk."""
     layers = {r["layer"]: r for r in records if r["kind"] == "layer"}
@@ -122,7 +154,8 @@ def rewind(folder: Path, layers: int) -> list[Record]:
     kept = [
         (line, record)
         for line, record in read_records(path)
-        if record["kind"] in ("run", "allocation") or record.get("layer", layers) < layers
+        if record["kind"] in ("run", "allocation", "removal")
+        or record.get("layer", layers) < layers
     ]
     _core.write_file(path, b"".join(line + b"\n" for line, _ in kept))
     return [record for _, record in kept]

@@ -33,15 +33,16 @@ from rsprune.allocate import allocate, exact_patterns, measure
 from rsprune.calibrate import LayerJob
 from rsprune.card import model_card
 from rsprune.config import Config
-from rsprune.data import Corpus, calibration_windows, load_texts, split_heldout
+from rsprune.driver import Driver
 from rsprune.experts import stored_bytes
 from rsprune.layer_run import LayerRun
 from rsprune.memory import PeakWatch, give_freed_pages_back, keep_freed_pages, rss_anon
+from rsprune.mixture import interleaved, load_corpora
 from rsprune.output import OutputFolder, check_output, other_files
 from rsprune.plan import Plan, Prepared, parse_pattern, prepare
 from rsprune.progress import NullProgress, Progress
-from rsprune.report import REPORT_NAME, Journal, Report, load_report, read_records
-from rsprune.resume import check_fingerprint, fingerprint, finished, replay, rewind
+from rsprune.report import REPORT_NAME, Report, load_report, read_records
+from rsprune.resume import fingerprint, replay, take_up
 from rsprune.scratch import Scratch
 from rsprune.skeleton import load_tokenizer
 from rsprune.sources import resolve
@@ -87,7 +88,7 @@ def compress(
     sources = (folder, given) if given.exists() else (folder,)
     check_output(Path(out), *sources, overwrite=overwrite)
     with PeakWatch() as peak:
-        run = _Run(prepare(folder, config, Path(out)), config, progress, peak)
+        run = driver(config.method)(folder, config, Path(out), progress, peak)
         run.read_inputs()
         output = OutputFolder(Path(out), overwrite=overwrite)
         with output.owned():
@@ -101,14 +102,23 @@ def compress(
     return load_report(Path(out))
 
 
-class _Run:
-    """One run; its methods stand in the order in which they are called."""
+def driver(method: str) -> type[Driver]:
+    """What runs a method; raises `UsageError` for a method that nobody knows."""
+    if methods.removes_layers(method):
+        from rsprune.depth.run import DepthRun
+
+        return DepthRun
+    return _LayerwiseRun
+
+
+class _LayerwiseRun:
+    """Prunes operator after operator."""
 
     def __init__(
-        self, prepared: Prepared, config: Config, progress: Progress, peak: PeakWatch
+        self, folder: Path, config: Config, out: Path, progress: Progress, peak: PeakWatch
     ) -> None:
-        self.prepared = prepared
-        self.plan: Plan = prepared.plan
+        self.prepared: Prepared = prepare(folder, config, out)
+        self.plan: Plan = self.prepared.plan
         self.config = config
         self.progress = progress
         self.peak = peak
@@ -129,43 +139,32 @@ class _Run:
         other_files(self.plan.model)  # a link that leaves the folder is refused now
         with self.timing.stage("read"):
             other_files(self.plan.model)
-            self.corpus: Corpus = load_texts(
-                self.config.calibration, field=self.config.calibration_field
-            )
-            if self.corpus.note:
-                self.progress.note(self.corpus.note)
-            windows = calibration_windows(
-                self.corpus,
+            corpora = load_corpora(self.config.calibration, field=self.config.calibration_field)
+            self.notes = [corpus.note for corpus in corpora if corpus.note]
+            for note in self.notes:
+                self.progress.note(note)
+            given = interleaved(
+                corpora,
                 load_tokenizer(self.plan.model, self.config.trust_remote_code),
                 samples=self.config.samples,
                 seq_len=self.config.seq_len,
                 seed=self.config.seed,
+                heldout=self.config.heldout,
             )
-            calibration, heldout = split_heldout(windows, self.config.heldout)
-            self.windows = torch.cat([calibration, heldout])
+            self.sources = given.sources
+            self.windows = torch.cat([given.calibration, given.heldout])
             self.prepared.stream.check_ids(self.windows)
-            self.split = Split(len(calibration), len(heldout))
+            self.split = Split(len(given.calibration), len(given.heldout))
             self.prepared.checkpoint.check_finite(self.prepared.checkpoint.tensors)
 
     def take_up(self, output: OutputFolder, *, restart: bool) -> None:
         """Opens the journal: a new one, or that of the unfinished run that lies there."""
         device = str(self.prepared.skeleton.device)
         own = fingerprint(self.prepared.checkpoint, self.windows, self.config, self.threads, device)
-        records: list[dict[str, Any]] = []
-        if not restart and (output.folder / REPORT_NAME).exists():
-            Journal(output.folder).close()  # cuts a torn line
-            records = [record for _, record in read_records(output.folder / REPORT_NAME)]
-        if not records:
-            output.clear()
-            self.journal = Journal(output.folder)
-            self.journal.write("run", **self._run_record(), fingerprint=own)
-            return
-        check_fingerprint(output.out, records[0].get("fingerprint", {}), own)
-        kept = rewind(output.folder, finished(output.folder, records))
-        self.done = [record for record in kept if record["kind"] != "run"]
-        self.journal = Journal(output.folder)
-        count = len(self._done("layer"))
-        self.progress.note(f"going on after {count} of {self.plan.layers} layers")
+        self.journal, self.done = take_up(output, own, self._run_record(), restart=restart)
+        if self.done:
+            count = len(self._done("layer"))
+            self.progress.note(f"going on after {count} of {self.plan.layers} layers")
 
     def _done(self, kind: str) -> list[dict[str, Any]]:
         """What an earlier run has journaled of a kind."""
@@ -360,8 +359,9 @@ class _Run:
             "layers": self.plan.layers,
             "operators": len(self.plan.operators),
             "calibration": {
-                "source": self.corpus.name,
-                "note": self.corpus.note,
+                "source": ", ".join(source.name for source in self.sources),
+                "sources": [dataclasses.asdict(source) for source in self.sources],
+                "note": "; ".join(self.notes) or None,
                 "samples": self.split.count,
                 "heldout": self.split.heldout,
                 "seq_len": self.config.seq_len,

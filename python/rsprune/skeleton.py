@@ -68,7 +68,7 @@ class Skeleton:
             for name, buffer in buffered._buffers.items():
                 if buffer is not None:
                     buffered._buffers[name] = buffer.to(self.device)
-        self.layer_prefix, self.layers = _decoder_layers(self.model)
+        self.layer_prefix, self.layers = decoder_layers(self.model)
         unfuse(self.layers, self.layer_prefix)
         keep_stored(self.layers)
         self._tied = _tied_names(self.model)
@@ -293,7 +293,7 @@ def _named_parameters(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
     return model.named_parameters(remove_duplicate=False)
 
 
-def _decoder_layers(model: nn.Module) -> tuple[str, nn.ModuleList]:
+def decoder_layers(model: nn.Module) -> tuple[str, nn.ModuleList]:
     """The longest ModuleList that lies in no other one (experts lie in a layer)."""
     lists: list[tuple[str, nn.ModuleList]] = []
     for name, module in model.named_modules():

@@ -25,6 +25,7 @@ __all__ = [
     "new_table",
     "pairs_table",
     "plan_table",
+    "removal_table",
     "size",
     "stage_table",
     "summary_table",
@@ -46,6 +47,25 @@ def certificate_table(report: Report, *, every: bool = False) -> Table:
     return table
 
 
+def removal_table(report: Report) -> Table:
+    """Layers that went, in their order, each with its score and the lowest of those that stayed."""
+    table = new_table("iteration", "removed layer", "score", "next lowest", "time")
+    for record in report.removals:
+        scores = dict(record["scores"])
+        score = scores.pop(str(record["removed"]), None)
+        following = _significant(min(scores.values(), default=None))
+        row = str(record["removed"]), _significant(score), following, duration(record["seconds"])
+        table.add_row(str(record["iteration"] + 1), *row)
+    folds = [record["fold"] for record in report.layers if "fold" in record]
+    folded = sum("after" in fold for fold in folds)
+    table.caption = f"maps folded for {folded} of {len(folds)} removed spans" if folds else None
+    return table
+
+
+def _significant(value: float | None) -> str:
+    return "-" if value is None else f"{value:.5g}"
+
+
 def _every_tensor(report: Report) -> Table:
     table = new_table("tensor", "error", "held-out", "zeros", "pattern", "tokens", "time")
     table.caption = report.few_tokens
@@ -65,7 +85,8 @@ def summary_table(report: Report) -> Table:
         return pairs_table([("run", "unfinished: the report has no summary")])
     seconds = summary.get("seconds") or {}
     rows = [(stage, duration(value)) for stage, value in seconds.items()]
-    rows.append(("passes per layer", _plain(summary.get("passes_per_layer"))))
+    if "passes_per_layer" in summary:
+        rows.append(("passes per layer", _plain(summary["passes_per_layer"])))
     rows.append(("peak memory (anonymous)", size(summary.get("peak_rss_anon"))))
     rows.append(("  held by the imports", size(summary.get("import_rss_anon"))))
     rows.append(("written", size(summary.get("bytes_written"))))
@@ -130,7 +151,8 @@ def plan_table(plan: Plan) -> RenderableType:
     memory.append(("memory, at the peak", size(plan.peak_bytes)))
     memory.append(("memory, the limit", size(plan.memory_limit)))
     warnings = [Text(f"warning: {line}", style="yellow") for line in plan.warnings]
-    return Group(pairs_table(facts), _operators(plan.operators), pairs_table(memory), *warnings)
+    operators = [_operators(plan.operators)] if plan.operators else []
+    return Group(pairs_table(facts), *operators, pairs_table(memory), *warnings)
 
 
 def stage_table(stages: Sequence[Stage]) -> RenderableType:

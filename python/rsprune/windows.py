@@ -38,6 +38,7 @@ class Windows:
             with spill.open("wb") as file:
                 reserve(file, size * 4, f"{spill}: hidden states")
             flat = torch.from_file(str(spill), shared=True, size=size)
+        self.tokens = tokens
         self.channels = channels
         self._data = flat.reshape(count, tokens, channels)
 

@@ -17,6 +17,7 @@ from rsprune.methods.wanda import Wanda
 
 __all__ = [
     "DATA_FREE",
+    "DEPTH",
     "Inputs",
     "Method",
     "Operator",
@@ -26,6 +27,7 @@ __all__ = [
     "inputs_of",
     "names",
     "polish",
+    "removes_layers",
     "too_few",
 ]
 
@@ -34,10 +36,20 @@ _ALL: tuple[Method, ...] = (
 )  # fmt: skip
 _METHODS = {method.name: method for method in _ALL}
 
+DEPTH = ("pip", "bi", "taylor", "perplexity", "perplexity-greedy", "random")
+"""Methods that remove whole decoder layers: they solve nothing, and live in `rsprune.depth`."""
+
 
 def names() -> list[str]:
     """Names that `--method` takes."""
-    return list(_METHODS)
+    return [*_METHODS, *DEPTH]
+
+
+def removes_layers(name: str) -> bool:
+    """Whether a method removes decoder layers; raises `UsageError` for one that nobody knows."""
+    if name not in DEPTH:
+        get(name)
+    return name in DEPTH
 
 
 def get(name: str) -> Method:
@@ -45,7 +57,7 @@ def get(name: str) -> Method:
     try:
         return _METHODS[name]
     except KeyError:
-        raise UsageError(f"method {name!r}: expected one of {', '.join(_METHODS)}") from None
+        raise UsageError(f"method {name!r}: expected one of {', '.join(names())}") from None
 
 
 def inputs_of(method: Method, config: Config) -> Inputs:

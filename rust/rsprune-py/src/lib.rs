@@ -3,6 +3,7 @@
 mod buffers;
 mod enter;
 mod errors;
+mod gradient;
 mod lowrank;
 mod shard;
 mod solve;
@@ -18,5 +19,6 @@ fn _core(m: &Bound<'_, PyModule>) -> PyResult<()> {
     statistics::register(m)?;
     solve::register(m)?;
     lowrank::register(m)?;
+    gradient::register(m)?;
     shard::register(m)
 }

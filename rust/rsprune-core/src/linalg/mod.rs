@@ -1,10 +1,11 @@
 //! Dense linear algebra on row-major `f32`: packed products, Gram sums, one Cholesky, one
-//! inverse, leading singular vectors and eigenvectors, one assignment. Everything is serial inside of a row block; blocks run in parallel.
+//! inverse, leading singular vectors and eigenvectors, one assignment, sizes of gradients. Everything is serial inside of a row block; blocks run in parallel.
 
 mod assignment;
 mod buffer;
 mod cholesky;
 mod gemm;
+mod gradient;
 mod gram;
 mod inverse;
 mod jacobi;
@@ -17,6 +18,7 @@ mod triangular;
 pub use assignment::assign;
 pub use cholesky::reversed_cholesky;
 pub use gemm::{ROW_BLOCK, dot, gemm, gemm_add, quadratic_form};
+pub use gradient::{GradientSizes, gradient_sizes, gradient_squares};
 pub use gram::GramSum;
 pub use inverse::invert;
 pub use jacobi::{Eigen, symmetric_eigen};
