@@ -150,7 +150,12 @@ def _plan(model: str, out: Path | None, config: Config, json: bool) -> None:
     from rsprune.plan import prepare
     from rsprune.sources import resolve
 
-    if methods.removes_layers(config.method):
+    if config.method == "flexigpt":
+        from rsprune.depth import plan as depth
+        from rsprune.flexi import plan as flexi
+
+        made, stages = depth.estimate(flexi.prepare(resolve(model), config, out), config)
+    elif methods.removes_layers(config.method):
         from rsprune.depth import plan as depth
 
         made, stages = depth.estimate(depth.prepare(resolve(model), config, out), config)

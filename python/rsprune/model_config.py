@@ -46,7 +46,11 @@ def read_config(folder: Path, trust_remote_code: bool) -> Any:
     if quantization:
         known = isinstance(quantization, dict)
         method = quantization.get("quant_method", "unknown") if known else quantization
-        raise UsageError(f"{folder}: expected unquantized weights, found {method} in config.json")
+        if method != "rsprune":
+            raise UsageError(
+                f"{folder}: expected unquantized weights, found {method} in config.json"
+            )
+        del config.quantization_config  # the checkpoint lends these weights as dense ones
     config.use_cache = False
     return config
 

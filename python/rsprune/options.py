@@ -80,6 +80,17 @@ def run_options(
     edit_rate: Annotated[Fraction, Option(help="PIP: share of words that are edited.")] = None,
     texts: Annotated[Number, Option(help="Depth: texts that score the layers.")] = None,
     text_tokens: Annotated[Number, Option(help="Depth: tokens of such a text.")] = None,
+    rank: Annotated[Number, Option(help="FlexiGPT: of adapters, factors and maps.")] = None,
+    replace: Annotated[
+        Text, Option(help="FlexiGPT: what may stand in: fold,map,shared,own,svd.")
+    ] = None,
+    flexigpt_mode: Annotated[Text, Option(help="FlexiGPT: default or faithful.")] = None,
+    recover: Annotated[
+        bool | None, Option(help="FlexiGPT: fit stand-ins to the dense outputs by Adam.")
+    ] = None,
+    extend: Annotated[
+        Number, Option(help="FlexiGPT: layers to repeat, for training, instead of removing any.")
+    ] = None,
     tune_block: Annotated[
         bool | None, Option(help="Fit kept weights to the dense layer's output.")
     ] = None,

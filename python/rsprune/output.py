@@ -22,10 +22,11 @@ from types import MappingProxyType
 from typing import Any
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 
 from rsprune import _core
-from rsprune.checkpoint import Checkpoint, named_errors, sha256
+from rsprune.checkpoint import Checkpoint, as_stored, named_errors, sha256
 from rsprune.errors import RspruneError, UsageError
 
 WEIGHT_FILES = ("*.safetensors", "*.safetensors.index.json", "*.bin", "*.bin.index.json", "*.pt",
@@ -145,6 +146,52 @@ class OutputFolder:
                     writer.put(called[info.name], new.reshape(-1).view(np.uint8))
             writer.finish()
         self.keep_shard(file, source, names, renamed)
+        path = self.folder / file
+        return {"file": file, "bytes": path.stat().st_size, "sha256": sha256(path)}
+
+    def keep_tensors(
+        self,
+        file: str,
+        source: Checkpoint,
+        copied: Mapping[str, str],
+        new: Mapping[str, tuple[str, torch.Tensor]],
+    ) -> None:
+        """Counts a shard in that an earlier run has finished; arguments as in `put_tensors`."""
+        self.keep_shard(file, source, list(copied), copied)
+        for name, (_, value) in new.items():
+            self._files[name] = file
+            self.total_bytes += value.nbytes
+            self.total_parameters += value.numel()
+
+    def put_tensors(
+        self,
+        file: str,
+        source: Checkpoint,
+        copied: Mapping[str, str],
+        new: Mapping[str, tuple[str, torch.Tensor]],
+    ) -> dict[str, Any]:
+        """Writes one shard with tensors that no checkpoint has.
+
+        Args:
+            file: its name.
+            source: where copied tensors come from.
+            copied: what `source` calls a tensor -> what the shard calls it.
+            new: what the shard calls a tensor -> its dtype on disk and its value.
+
+        Returns:
+            file, bytes and sha256 of what is on disk.
+        """
+        infos = [source.tensors[name] for name in copied]
+        plan = [(copied[info.name], info.dtype, list(info.shape)) for info in infos]
+        plan += [(name, dtype, list(value.shape)) for name, (dtype, value) in new.items()]
+        with named_errors():
+            writer = _core.ShardWriter(self.folder / file, plan, {"format": "pt"})
+            for name, called in copied.items():
+                source.copy_into(writer, name, called)
+            for name, (_, value) in new.items():
+                writer.put(name, as_stored(value, value.dtype).reshape(-1).view(np.uint8))
+            writer.finish()
+        self.keep_tensors(file, source, copied, new)
         path = self.folder / file
         return {"file": file, "bytes": path.stat().st_size, "sha256": sha256(path)}
 

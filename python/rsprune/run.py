@@ -104,6 +104,10 @@ def compress(
 
 def driver(method: str) -> type[Driver]:
     """What runs a method; raises `UsageError` for a method that nobody knows."""
+    if method == "flexigpt":
+        from rsprune.flexi.run import FlexiRun
+
+        return FlexiRun
     if methods.removes_layers(method):
         from rsprune.depth.run import DepthRun
 

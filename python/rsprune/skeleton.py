@@ -21,6 +21,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from rsprune.checkpoint import FLOATS, TORCH_DTYPES, Checkpoint, TensorInfo
 from rsprune.errors import UsageError
 from rsprune.experts import ExpertLinear, Experts, unfuse
+from rsprune.flexi.blocks import read_blocks
+from rsprune.flexi.modules import install
 from rsprune.guard import refusing, refusing_panics
 from rsprune.model_config import check_model, parameters_registered_by, read_config
 from rsprune.pool import TensorPool
@@ -69,6 +71,9 @@ class Skeleton:
                 if buffer is not None:
                     buffered._buffers[name] = buffer.to(self.device)
         self.layer_prefix, self.layers = decoder_layers(self.model)
+        self.blocks = read_blocks(checkpoint.folder, len(self.layers))
+        with refusing(f"{checkpoint.folder}: config.json"):
+            install(self.layers, self.blocks, tied=True)
         unfuse(self.layers, self.layer_prefix)
         keep_stored(self.layers)
         self._tied = _tied_names(self.model)
@@ -139,6 +144,17 @@ class Skeleton:
     def view(self, name: str) -> Tensor:
         """Parameter `name` as it is stored, in the memory of its shard."""
         return self.checkpoint.view(self._info(name).name)
+
+    def stored(self, name: str) -> Tensor:
+        """Parameter `name` as it is stored, in memory of its own."""
+        info = self._info(name)
+        tensor = torch.empty(info.shape, dtype=TORCH_DTYPES[info.dtype])
+        self.checkpoint.copy_to(info.name, tensor)
+        return tensor
+
+    def stored_dtype(self, name: str) -> torch.dtype:
+        """The type that parameter `name` has on disk."""
+        return TORCH_DTYPES[self._info(name).dtype]
 
     def _info(self, name: str) -> TensorInfo:
         """What the disk says of parameter `name`, its shape checked."""

@@ -84,7 +84,7 @@ def prepare(folder: Path, config: Config, out: Path | None) -> Prepared:
     memory = memory_of(opened, config, gradients=method.gradients, fold=config.fold)
     limit = config.memory or memory_limit()
     scratch = scratch_bytes(opened, config, every=method.iterated or method.gradients)
-    gone = max(_layer_bytes(opened)) * removal.count
+    gone = max(layer_bytes(opened)) * removal.count
     plan = Plan(
         model=folder,
         architecture=type(skeleton.model).__name__,
@@ -101,7 +101,7 @@ def prepare(folder: Path, config: Config, out: Path | None) -> Prepared:
         warnings=list(unused_depth_options(config)),
     )
     check_fits(memory, limit)
-    _check_disk(plan, out, scratch)
+    check_disk(plan, out, scratch)
     return Prepared(plan, opened, removal, method)
 
 
@@ -168,7 +168,7 @@ def _fold_bytes(opened: Opened) -> int:
     return 2 * 4 * 3 * square + 8 * 6 * square + 2 * 8 * opened.skeleton.channels * width
 
 
-def _layer_bytes(opened: Opened) -> list[int]:
+def layer_bytes(opened: Opened) -> list[int]:
     """What each layer takes on disk."""
     totals = [0] * len(opened.skeleton.layers)
     for name, info in opened.checkpoint.tensors.items():
@@ -198,7 +198,7 @@ def check_fits(memory: dict[str, int], limit: int) -> None:
         )
 
 
-def _check_disk(plan: Plan, out: Path | None, scratch: int) -> None:
+def check_disk(plan: Plan, out: Path | None, scratch: int) -> None:
     needed = plan.output_bytes + scratch - (finished_bytes(out) if out is not None else 0)
     if out is not None and needed > plan.disk_free:
         raise UsageError(

@@ -119,7 +119,7 @@ def _install_behind(layer: nn.Module, block: Block) -> None:
     """Maps and the normalisation, which come after the layer's own forward."""
     if not block.maps and not block.normalised:
         return
-    like = max((p for p in layer.parameters() if p.dim() == 1), key=lambda p: 0)
+    like = next(layer.parameters())
     channels = _channels(layer)
     if block.maps:
         layer.maps = nn.ModuleList(

@@ -22,10 +22,9 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from rsprune.blocks import StopForwardError
-from rsprune.checkpoint import TORCH_DTYPES
 from rsprune.depth.walk import Walk
 from rsprune.flexi.blocks import Block
-from rsprune.flexi.modules import LowRank, install_block
+from rsprune.flexi.modules import LowRank, install_block, linears_of
 from rsprune.layer_path import run_layer, twin, with_parameters
 from rsprune.windows import Split, Windows
 
@@ -108,9 +107,8 @@ class Site:
     def dtype(self) -> torch.dtype:
         """The stored type of the layer's linears: adapters have it, too."""
         skeleton = self.walk.skeleton
-        structure = [n for n, m in skeleton.layers[self.index].named_modules()
-                     if isinstance(m, nn.Linear)]  # fmt: skip
-        return stored(self.walk, self.index, f"{structure[0]}.weight", empty=True).dtype
+        first = next(iter(linears_of(skeleton.layers[self.index])))
+        return skeleton.stored_dtype(skeleton.layer_name(self.index, f"{first}.weight"))
 
     def measure(self, option: str, module: nn.Module | None, source: Windows) -> Errors:
         """The errors of a module on `source`, itself where it is None; windows side by side."""
@@ -187,17 +185,9 @@ def observe(
         yield from walk.each(run, windows[start : start + walk.threads])
 
 
-def stored(walk: Walk, index: int, name: str, *, empty: bool = False) -> Tensor:
-    """Parameter `name` of dense layer `index`, as stored; with `empty`, only shape and type."""
-    skeleton = walk.skeleton
-    on_disk = skeleton.disk_name(skeleton.layer_name(index, name))
-    assert on_disk is not None  # the skeleton refused missing tensors
-    info = skeleton.checkpoint.tensors[on_disk]
-    device = "meta" if empty else "cpu"
-    tensor = torch.empty(info.shape, dtype=TORCH_DTYPES[info.dtype], device=device)
-    if not empty:
-        skeleton.checkpoint.copy_to(on_disk, tensor)
-    return tensor
+def stored(walk: Walk, index: int, name: str) -> Tensor:
+    """Parameter `name` of dense layer `index`, as stored."""
+    return walk.skeleton.stored(walk.skeleton.layer_name(index, name))
 
 
 def weight_of(walk: Walk, index: int, linear: str) -> NDArray[np.float32]:
