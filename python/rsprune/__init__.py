@@ -4,7 +4,8 @@
     report = rsprune.compress("SmolLM2-135M", "out", rsprune.Config(pattern="2:4"))
 
 What is listed in `__all__` is the public API; each name is imported when it is first used, so
-that `import rsprune` (and `rsprune --help`) does not wait for torch.
+that `import rsprune` (and `rsprune --help`) does not wait for torch. Importing it also lets
+transformers load packed folders.
 """
 
 from __future__ import annotations
@@ -14,12 +15,16 @@ import sys
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
+from rsprune import transformers_hook
+
 if TYPE_CHECKING:
     from rsprune._core import __version__
     from rsprune.config import Config
     from rsprune.errors import RspruneError, UsageError
     from rsprune.eval_tasks import evaluate_tasks
     from rsprune.evaluate import perplexity
+    from rsprune.export import export_dense
+    from rsprune.hf import load
     from rsprune.inspect import inspect
     from rsprune.plan import make_plan
     from rsprune.report import Report, load_report
@@ -34,7 +39,9 @@ __all__ = [
     "__version__",
     "compress",
     "evaluate_tasks",
+    "export_dense",
     "inspect",
+    "load",
     "load_report",
     "make_plan",
     "perplexity",
@@ -49,7 +56,9 @@ _HOMES = {
     "__version__": "_core",
     "compress": "run",
     "evaluate_tasks": "eval_tasks",
+    "export_dense": "export",
     "inspect": "inspect",
+    "load": "hf",
     "load_report": "report",
     "make_plan": "plan",
     "perplexity": "evaluate",
@@ -78,6 +87,9 @@ def __getattr__(name: str) -> Any:
     value = getattr(importlib.import_module(f"rsprune.{_HOMES[name]}"), name)
     setattr(sys.modules[__name__], name, value)
     return value
+
+
+transformers_hook.register()
 
 
 def __dir__() -> list[str]:

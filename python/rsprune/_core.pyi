@@ -9,6 +9,7 @@ from numpy.typing import NDArray
 
 __all__ = [
     "MappedTensor",
+    "PACK_VERSION",
     "Pattern",
     "Regression",
     "Shard",
@@ -27,16 +28,21 @@ __all__ = [
     "group_channels",
     "kernel_name",
     "magnitude",
+    "pack",
+    "pack_format",
+    "pack_layout",
     "pair_distance",
     "plan_shard",
     "polish",
     "sparsegpt",
     "truncated_svd",
+    "unpack",
     "wanda",
     "write_file",
 ]
 
 __version__: str
+PACK_VERSION: int
 
 class _Operator(Protocol):
     """What the methods read: see `rsprune.methods.base.Operator`."""
@@ -172,6 +178,20 @@ class Regression:
         self, weight: NDArray[Any], dtype: str, *, rank: int, threads: int | None = None
     ) -> tuple[NDArray[np.float32], NDArray[np.float32]]: ...
 
+def pack_format(weight: NDArray[Any], dtype: str, pattern: Pattern) -> str: ...
+def pack_layout(
+    format: str, dtype: str, shape: tuple[int, int]
+) -> list[tuple[str, str, list[int]]]: ...
+def pack(weight: NDArray[Any], dtype: str, format: str) -> dict[str, NDArray[Any]]: ...
+def unpack(
+    parts: dict[str, NDArray[Any]],
+    dtype: str,
+    format: str,
+    shape: tuple[int, int],
+    *,
+    start: int = 0,
+    stop: int | None = None,
+) -> NDArray[Any]: ...
 @final
 class Shard:
     def __new__(cls, path: Path) -> Shard: ...

@@ -13,7 +13,7 @@ A layer's experts come one after another in any case; see `experts`.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -112,13 +112,14 @@ class LayerJob:
         held = self._own.set_weight(linear, torch.from_numpy(weight).view(torch_dtype))
         return as_stored(held, torch_dtype)
 
-    def replay(self, stored: dict[str, Tensor]) -> None:
+    def replay(self, stored: Iterable[tuple[str, Tensor]]) -> None:
         """Runs the layer as it was run before, with the parameters that it was stored with.
 
         Both paths give the bits that they gave then; nothing is summed, solved or tuned.
 
         Args:
-            stored: parameter name -> value as stored; all that the compressed layer holds.
+            stored: name and value as stored of all parameters of the compressed layer, each
+                made when it is taken: a packed one is unpacked into memory.
         """
         with self.timing.stage("replay"):
             if self._dense is not None:
@@ -142,7 +143,7 @@ class LayerJob:
                 config, self.threads,
             )  # fmt: skip
             tuned = tuner.run()
-            self._own.put_parameters(tuned.values)
+            self._own.put_parameters(tuned.values.items())
         return tuned
 
     def advance(self) -> tuple[Windows, Windows]:

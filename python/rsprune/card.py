@@ -22,6 +22,24 @@ __all__ = [
 LICENCE_KEYS = ("license", "license_name", "license_link")
 HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 
+NEEDED = """> **`import rsprune` first.** The pruned linears are packed; without that import transformers
+> fills them with random numbers and only warns. `pip install rsprune`
+"""
+
+LOAD_PACKED = """## How to load it
+
+```python
+import rsprune  # or the packed linears are initialised at random
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+model = AutoModelForCausalLM.from_pretrained("<this folder>", dtype="auto")
+tokenizer = AutoTokenizer.from_pretrained("<this folder>")
+```
+
+`rsprune.load("<this folder>", dequantize=True)` gives an ordinary model, `rsprune export <this folder>
+OUT --dense` an ordinary checkpoint, both with exactly the weights that are packed here.
+"""
+
 LOAD = """## How to load it
 
 It is an ordinary checkpoint. rsprune is not needed:
@@ -48,12 +66,14 @@ def model_card(report: Report, *, source_card: str | None, base_model: str) -> s
     """
     config = report.run.get("config") or {}
     shown = shown_name(base_model)
-    tags = ["pruned", config.get("pattern"), config.get("method")]
+    packed = "packed" if report.packed else None
+    tags = ["pruned", packed, config.get("pattern"), config.get("method")]
     parts = [
         front_matter(tags, source_card, base_model),
+        *([NEEDED] if report.packed else []),
         f"# {title(shown)}, pruned to {config.get('pattern')}\n",
         _what_was_done(report, config, shown),
-        load_section(DENSE),
+        LOAD_PACKED if report.packed else load_section(DENSE),
         _certificate(report),
         _calibration(report),
         recipe_section(report, shown),
@@ -114,6 +134,7 @@ def _what_was_done(report: Report, config: dict[str, Any], base_model: str) -> s
         f"`{base_model}` ({run.get('architecture')}, {run.get('layers')} decoder layers), pruned "
         f"by rsprune {run.get('version')} with the method `{config.get('method')}` to the pattern "
         f"`{config.get('pattern')}`: {len(report.tensors)} tensors were pruned{share}. "
+        f"{f'Bits per weight: {report.bits}. ' if report.bits else ''}"
         f"{_what_else(config)}\n"
     )
 
@@ -131,16 +152,18 @@ def _certificate(report: Report) -> str:
     lines = [
         "## Certificate",
         "",
+        "True bits are those stored of a weight, everything counted that a packed form needs.",
         "Relative error of each operator's output on the calibration windows and on held-out ones",
         "that no solver saw: geometric mean over the layers. Each tensor's own line is in",
         "`rsprune-report.jsonl`; `rsprune verify` checks this folder against it.",
         "",
-        "| operator | tensors | error | held-out error | zeros |",
-        "|---|---|---|---|---|",
+        "| operator | tensors | true bits | error | held-out error | zeros |",
+        "|---|---|---|---|---|---|",
     ]
     for row in by_kind(report.tensors):
         errors = f"{_number(row.error)} | {_number(row.heldout_error)}"
-        lines.append(f"| `{row.kind}` | {row.count} | {errors} | {row.sparsity:.1%} |")
+        bits = "-" if row.true_bits is None else f"{row.true_bits:.3f}"
+        lines.append(f"| `{row.kind}` | {row.count} | {bits} | {errors} | {row.sparsity:.1%} |")
     few = [f"\n{report.few_tokens}."] if report.few_tokens else []
     return "\n".join([*lines, *few, ""])
 

@@ -281,6 +281,30 @@ def inspect_folder(out: Folder, *, json: Json = False, every: All = False) -> No
 
 
 @app.command()
+def export(
+    folder: Folder,
+    target: Annotated[Path, Argument(help="What to write.")],
+    *,
+    dense: Annotated[bool, Option("--dense", help="An ordinary folder, zeros stored.")] = False,
+    overwrite: Annotated[
+        bool, Option("--overwrite", help="TARGET may exist and is replaced.")
+    ] = False,
+    json: Json = False,
+    quiet: Quiet = False,
+) -> None:
+    """Write a packed folder as something that loads without rsprune."""
+    _one_of(dense=dense)
+    from rsprune.export import export_dense
+
+    with _progress(json, quiet) as progress:
+        export_dense(folder, target, overwrite=overwrite, progress=progress)
+    if json:
+        _emit(target=target)
+    elif not quiet:
+        print(f"{target}: written")
+
+
+@app.command()
 def verify(out: Folder, *, json: Json = False) -> None:
     """Check a folder against its report."""
     from rsprune.verify import verify as problems_of

@@ -35,6 +35,8 @@ class Config(BaseModel):
     """Whether a ratio is spread over the layers by measured error curves; pays from 60 % on."""
     permute: bool | None = None
     """Whether channels change places so that a keep-of pattern keeps more."""
+    format: Literal["dense", "packed"] = "dense"
+    """How pruned weights are stored: with their zeros, or packed, for `import rsprune` to load."""
     ignore: tuple[str, ...] = DEFAULT_IGNORE
     """Globs over on-disk tensor names that stay dense."""
 

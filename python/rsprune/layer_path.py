@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 import numpy as np
@@ -110,12 +110,12 @@ class LayerPath:
         self._put(module, "weight", weight)
         return module.get_parameter("weight").detach()
 
-    def put_parameters(self, values: dict[str, Tensor]) -> None:
+    def put_parameters(self, values: Iterable[tuple[str, Tensor]]) -> None:
         """Puts tuned or stored parameters, by their names in the layer, in place of its own.
 
         Inputs that were noted are no longer true, and are forgotten.
         """
-        for name, value in values.items():
+        for name, value in values:
             module, _, leaf = name.rpartition(".")
             self._put(self.layer.get_submodule(module), leaf, value)
         self._known.clear()

@@ -41,6 +41,7 @@ def run_options(
     permute: Annotated[
         bool | None, Option(help="Permute channels so that a keep-of pattern keeps more.")
     ] = None,
+    format: Annotated[Text, Option(help="Store weights dense, or packed.")] = None,
     ignore: Annotated[
         list[str] | None, Option(help="Glob of tensors that stay dense; repeatable.")
     ] = None,

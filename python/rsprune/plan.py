@@ -23,6 +23,7 @@ from rsprune.errors import DoesNotFitError, UsageError
 from rsprune.memory import KEPT_BYTES, memory_limit, rss_anon
 from rsprune.methods.base import Inputs
 from rsprune.output import finished_bytes, free_bytes
+from rsprune.packing import planned_bytes
 from rsprune.skeleton import Skeleton
 from rsprune.stream import Opening, Stream
 from rsprune.unused import unused_options
@@ -116,7 +117,7 @@ def prepare(folder: Path, config: Config, out: Path | None) -> Prepared:
         layers=len(skeleton.layers),
         operators=operators,
         ignored=ignored,
-        output_bytes=sum(t.nbytes for t in checkpoint.tensors.values()),
+        output_bytes=_output_bytes(checkpoint, operators, config, pattern),
         disk_free=free_bytes(out or folder),
         memory=list(memory.items()),
         peak_bytes=peak,
@@ -177,6 +178,19 @@ def _operators(
     if not operators:
         raise UsageError(f"ignore {list(config.ignore)}: nothing is left to prune")
     return operators, ignored
+
+
+def _output_bytes(
+    checkpoint: Checkpoint, operators: list[Operator], config: Config, pattern: _core.Pattern
+) -> int:
+    """Of all tensors as they will be stored, or somewhat more: formats are chosen by values."""
+    total = sum(tensor.nbytes for tensor in checkpoint.tensors.values())
+    if config.format == "dense" or config.allocate:  # zeros are known in sum only
+        return total
+    for operator in operators:
+        shape, dense = (operator.rows, operator.columns), checkpoint.tensors[operator.name].nbytes
+        total += planned_bytes(operator.dtype, shape, config.pattern, pattern.sparsity) - dense
+    return total
 
 
 def _check_tensor(info: TensorInfo, shape: tuple[int, ...], pattern: _core.Pattern) -> None:

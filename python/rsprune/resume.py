@@ -26,8 +26,9 @@ from rsprune.checkpoint import Checkpoint, sha256
 from rsprune.config import Config
 from rsprune.errors import UsageError
 from rsprune.output import OutputFolder
+from rsprune.packing import PackedWeight
 from rsprune.permute import Coupling, reorder
-from rsprune.report import REPORT_NAME, Journal, Record, read_records
+from rsprune.report import DENSE, REPORT_NAME, Journal, Record, read_records
 from rsprune.scratch import Scratch
 
 FREE = ("memory", "threads", "device")
@@ -161,14 +162,30 @@ def rewind(folder: Path, layers: int) -> list[Record]:
     return [record for _, record in kept]
 
 
+def packed_in(records: list[Record], layer: int) -> dict[str, PackedWeight]:
+    """The packed weights of a finished layer, from the lines of its tensors."""
+    found = {}
+    for record in records:
+        if record["layer"] == layer and record["format"] != DENSE:
+            rows, columns = record["shape"]
+            found[record["name"]] = PackedWeight(record["format"], record["dtype"], (rows, columns))
+    return found
+
+
 def replay(
-    job: LayerJob, shard: Path, names: Mapping[str, str], record: Record, scratch: Scratch | None
+    job: LayerJob,
+    shard: Path,
+    packed: Mapping[str, PackedWeight],
+    names: Mapping[str, str],
+    record: Record,
+    scratch: Scratch | None,
 ) -> None:
     """Runs a finished layer over all windows again, as it was run when it was pruned.
 
     Args:
         job: the layer's way through the windows, its dense weights in memory.
         shard: what the layer was stored as.
+        packed: which of its weights are packed, and how.
         names: parameter name in the layer -> on-disk name.
         record: the layer's line in the journal.
         scratch: keeps permuted weights of experts; None where the layer has none.
@@ -178,5 +195,6 @@ def replay(
             tuple(moved["producers"]), moved["consumer"], moved["segment"], moved["repeats"]
         )
         reorder(job.layer, coupling, torch.tensor(moved["order"]), scratch)
-    stored = Checkpoint(shard.parent, {shard.name: _core.Shard(shard)})
-    job.replay({name: stored.view(names[name]) for name, _ in job.layer.named_parameters()})
+    stored = Checkpoint(shard.parent, {shard.name: _core.Shard(shard)}, packed)
+    views = ((name, stored.view(names[name])) for name, _ in job.layer.named_parameters())
+    job.replay(views)

@@ -42,7 +42,7 @@ from rsprune.output import OutputFolder, check_output, other_files
 from rsprune.plan import Plan, Prepared, parse_pattern, prepare
 from rsprune.progress import NullProgress, Progress
 from rsprune.report import REPORT_NAME, Report, load_report, read_records
-from rsprune.resume import fingerprint, replay, take_up
+from rsprune.resume import fingerprint, packed_in, replay, take_up
 from rsprune.scratch import Scratch
 from rsprune.skeleton import load_tokenizer
 from rsprune.sources import resolve
@@ -250,9 +250,7 @@ class _LayerwiseRun:
         layer.warn()
         tuning = {"tuning": layer.tune()} if self.config.tune_block else {}
         with self.timing.stage("write"):
-            names = self._names(index)
-            file = self._shard(index + 1)
-            record = output.put_shard(file, self.prepared.checkpoint, names, layer.changed)
+            record = layer.put(output, self._shard(index + 1), self._names(index))
         layer.changed.clear()  # they lie in the memory of the layer, which goes on
         dense, own = job.advance()
         passes = job.passes + layer.passes
@@ -278,8 +276,9 @@ class _LayerwiseRun:
         for name, _ in skeleton.layers[index].named_parameters():
             names[name] = skeleton.disk_name(skeleton.layer_name(index, name)) or name
         scratch = self._scratch(output, job)
-        replay(job, output.folder / record["file"], names, record, scratch)
-        output.keep_shard(record["file"], self.prepared.checkpoint, self._names(index))
+        packed = packed_in(self._done("tensor"), index)
+        replay(job, output.folder / record["file"], packed, names, record, scratch)
+        output.keep_shard(record["file"], self.prepared.checkpoint, self._names(index), packed=packed)
         dense, own = job.advance()
         skeleton.drop_layer(index)
         give_freed_pages_back()
@@ -324,6 +323,7 @@ class _LayerwiseRun:
             record = output.put_shard(self._shard(0), checkpoint, rest, {})
             self.journal.write("file", **record)
             output.copy_other_files(self.plan.model)
+            output.write_config()
         self.journal.write("summary", **self._summary(output))
         self.journal.close()
         report = load_report(output.folder)
@@ -390,4 +390,6 @@ class _LayerwiseRun:
             "bytes_written": output.total_bytes,
             "weights": sum(o.rows * o.columns for o in self.plan.operators),
             "zeros": sum(round(t["sparsity"] * math.prod(t["shape"])) for t in tensors),
+            "stored_bytes": sum(t["stored_bytes"] for t in tensors),
+            "parameters": output.total_parameters,
         }

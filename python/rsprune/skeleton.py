@@ -246,14 +246,14 @@ class Skeleton:
         return sum(math.prod(shape) * size * count for (shape, size), count in most.items())
 
     def _buffers(self, index: int, layer: nn.Module) -> Iterator[tuple[tuple[int, ...], int]]:
-        """Shape and bytes an element of what the pool lends for a layer; experts need none."""
+        """Shape and bytes an element of what a layer takes; experts do only if packed."""
         for prefix, module in layer.named_modules():
-            if isinstance(module, ExpertLinear):
-                continue
             for leaf, parameter in module.named_parameters(recurse=False):
                 size = 4
                 if isinstance(module, StoredLinear) and leaf == "weight":
                     info = self._info(self.layer_name(index, f"{prefix}.{leaf}"))
+                    if isinstance(module, ExpertLinear) and info.name not in self.checkpoint.packed:
+                        continue  # memory of its file
                     size = TORCH_DTYPES[info.dtype].itemsize
                 yield tuple(parameter.shape), size
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -12,7 +13,7 @@ from rich.text import Text
 
 from rsprune.errors import one_line
 from rsprune.progress import duration
-from rsprune.report import Report, by_kind, kind_of
+from rsprune.report import DENSE, Report, by_kind, kind_of
 
 if TYPE_CHECKING:
     from rsprune.estimate import Stage
@@ -36,12 +37,13 @@ def certificate_table(report: Report, *, every: bool = False) -> Table:
     """Errors and sparsity: one row per operator kind, or with `every` one per tensor."""
     if every:
         return _every_tensor(report)
-    table = new_table("operator", "tensors", "error", "held-out", "zeros", "time")
+    table = new_table("operator", "tensors", "bits", "error", "held-out", "zeros", "time")
     for row in by_kind(report.tensors):
         errors = _number(row.error), _number(row.heldout_error)
         zeros, seconds = f"{row.sparsity:.1%}", duration(row.seconds)
-        table.add_row(_name(row.kind), str(row.count), *errors, zeros, seconds)
-    table.caption = "errors: geometric mean over the layers"
+        count, bits = str(row.count), _bits(row.true_bits)
+        table.add_row(_name(row.kind), count, bits, *errors, zeros, seconds)
+    table.caption = "bits: stored, of a weight; errors: geometric mean over the layers"
     if report.few_tokens:
         table.caption += f"\n{report.few_tokens}"
     return table
@@ -67,14 +69,15 @@ def _significant(value: float | None) -> str:
 
 
 def _every_tensor(report: Report) -> Table:
-    table = new_table("tensor", "error", "held-out", "zeros", "pattern", "tokens", "time")
+    table = new_table("tensor", "bits", "error", "held-out", "zeros", "pattern", "tokens", "time")
     table.caption = report.few_tokens
     for record in report.tensors:
         errors = _number(record.get("error")), _number(record.get("heldout_error"))
         zeros = f"{record.get('sparsity') or 0.0:.1%}"
         seconds = duration(record.get("seconds"))
         pattern, tokens = str(record.get("pattern")), str(record.get("tokens", "-"))
-        table.add_row(_name(record["name"]), *errors, zeros, pattern, tokens, seconds)
+        bits = _bits(record.get("true_bits"))
+        table.add_row(_name(record["name"]), bits, *errors, zeros, pattern, tokens, seconds)
     return table
 
 
@@ -84,7 +87,8 @@ def summary_table(report: Report) -> Table:
     if summary is None:
         return pairs_table([("run", "unfinished: the report has no summary")])
     seconds = summary.get("seconds") or {}
-    rows = [(stage, duration(value)) for stage, value in seconds.items()]
+    rows = [("bits per weight", report.bits)] if report.bits else []
+    rows += [(stage, duration(value)) for stage, value in seconds.items()]
     if "passes_per_layer" in summary:
         rows.append(("passes per layer", _plain(summary["passes_per_layer"])))
     rows.append(("peak memory (anonymous)", size(summary.get("peak_rss_anon"))))
@@ -106,18 +110,21 @@ def inspect_table(
     for fact in facts:
         kind = fact.name if every else kind_of(fact.name)
         pattern = _pattern_class(fact, every)
-        groups.setdefault((kind, fact.dtype, fact.shape, pattern), []).append(fact)
-    for (kind, dtype, shape, pattern), members in groups.items():
+        form = fact.format.partition(" ")[0]
+        groups.setdefault((kind, fact.dtype, fact.shape, pattern, form), []).append(fact)
+    for (kind, dtype, shape, pattern, form), members in groups.items():
         zeros = sum(member.sparsity for member in members) / len(members)
+        weights = sum(math.prod(member.shape) for member in members)
+        nbytes = sum(member.nbytes for member in members)
         table.add_row(
             _name(kind),
             "" if every else f"{len(members)}x",
-            dtype,
+            dtype if form == DENSE else form,
             "x".join(map(str, shape)) or "scalar",
             pattern,
             f"{zeros:.1%}",
-            size(sum(member.nbytes for member in members)),
-            f"{members[0].bits_per_weight:g}",
+            size(nbytes),
+            f"{nbytes * 8 / max(weights, 1):.4g}",
         )
     return Group(table, Text(_total_line(total)))
 
@@ -131,9 +138,11 @@ def _pattern_class(fact: TensorFacts, every: bool) -> str:
 
 def _total_line(total: Totals) -> str:
     share = total.zeros / max(total.weights, 1)
+    packed = "" if total.packed_bits is None else f"{total.packed_bits:.3f} of packed linears, "
     return (
+        f"bits per weight on disk: {packed}{total.bits_per_weight:.3f} of all files\n"
         f"{total.tensors} tensors, {total.weights:,} weights, {share:.1%} zeros, "
-        f"{size(total.file_bytes)} of files,\n{total.bits_per_weight:.3f} bits per weight on disk"
+        f"{size(total.file_bytes)} of files"
     )
 
 
@@ -217,6 +226,10 @@ def new_table(first: str, *others: str) -> Table:
 
 def _name(name: str) -> Text:
     return Text(one_line(name))  # not markup: a name may hold brackets
+
+
+def _bits(value: float | None) -> str:
+    return "-" if value is None else f"{value:.3f}"
 
 
 def _number(value: float | None) -> str:

@@ -2,7 +2,8 @@
 //!
 //! Layers, lowest first; a module uses only those above it in this list:
 //! `error`, `disk`, `par` | `kernels` (matrix tiles) | `linalg` (GEMM, Gram, Cholesky) | `pattern` |
-//! `solve` (the methods), `lowrank` (maps of low rank) and, beside them, `shard` (safetensors files).
+//! `pack` (packed weights) | `solve` (the methods), `lowrank` (maps of low rank) and, beside them,
+//! `shard` (safetensors files).
 
 pub mod disk;
 pub mod error;
@@ -10,6 +11,7 @@ pub mod float;
 pub mod kernels;
 pub mod linalg;
 pub mod lowrank;
+pub mod pack;
 pub mod par;
 pub mod pattern;
 pub mod shard;

@@ -5,6 +5,7 @@ mod enter;
 mod errors;
 mod gradient;
 mod lowrank;
+mod pack;
 mod shard;
 mod solve;
 mod statistics;
@@ -20,5 +21,6 @@ fn _core(m: &Bound<'_, PyModule>) -> PyResult<()> {
     solve::register(m)?;
     lowrank::register(m)?;
     gradient::register(m)?;
+    pack::register(m)?;
     shard::register(m)
 }
