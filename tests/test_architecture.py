@@ -25,7 +25,7 @@ SOURCES = sorted(
 
 FOUNDATIONS = {"errors", "config", "memory", "pool", "timing", "windows", "blocks", "data"}
 FOUNDATIONS |= {"progress", "report", "stored", "experts", "scratch", "guard", "gguf_header"}
-FOUNDATIONS |= {"mixture"}
+FOUNDATIONS |= {"mixture", "replaced", "replaced_layers"}
 MIDDLE = {
     "checkpoint",
     "output",
@@ -39,7 +39,7 @@ MIDDLE = {
 MIDDLE |= {"sources", "inspect", "model_config", "head", "scoring", "eval_plan", "eval_journal"}
 MIDDLE |= {"evaluate", "eval_tasks", "harness", "permute", "tune", "resume"}
 TOP = {"plan", "run", "demo", "verify", "tables", "card", "options", "cli", "estimate"}
-TOP |= {"layer_run", "allocate", "unused", "driver", "depth"}
+TOP |= {"layer_run", "allocate", "unused", "driver", "depth", "flexi"}
 
 
 def short(path: Path) -> str:

@@ -1,4 +1,7 @@
-"""A packed folder written as something else: an ordinary dense checkpoint."""
+"""A packed folder written as something else: an ordinary dense checkpoint.
+
+Folders with replaced layers go through `rsprune.flexi.dense`.
+"""
 
 from __future__ import annotations
 
@@ -9,11 +12,16 @@ from rsprune.checkpoint import Checkpoint
 from rsprune.errors import UsageError
 from rsprune.output import OutputFolder, check_output, free_bytes
 from rsprune.progress import NullProgress, Progress
+from rsprune.replaced import says_blocks
 from rsprune.report import DENSE, REPORT_NAME, Journal, Report, load_report
 
 
 def export_dense(
-    folder: str | Path, out: str | Path, *, overwrite: bool = False, progress: Progress | None = None
+    folder: str | Path,
+    out: str | Path,
+    *,
+    overwrite: bool = False,
+    progress: Progress | None = None,
 ) -> None:
     """Writes a packed folder as an ordinary checkpoint with the same weights, bit for bit.
 
@@ -30,6 +38,11 @@ def export_dense(
         RspruneError: a packed weight is broken, or a file cannot be read or written.
     """
     folder, out = Path(folder), Path(out)
+    if says_blocks(folder):
+        from rsprune.flexi.dense import export_expanded
+
+        export_expanded(folder, out, overwrite=overwrite, progress=progress)
+        return
     check_output(out, folder, overwrite=overwrite)
     checkpoint = Checkpoint.open(folder)
     if not checkpoint.packed:
@@ -88,7 +101,5 @@ def _write_report(report: Report, records: list[dict[str, object]], output: Outp
     card = report.folder / "README.md"
     source_card = card.read_text("utf-8", errors="replace") if card.exists() else None
     base_model = str(report.run.get("model"))
-    text = model_card(
-        load_report(output.folder), source_card=source_card, base_model=base_model
-    )
+    text = model_card(load_report(output.folder), source_card=source_card, base_model=base_model)
     output.write_text("README.md", text)

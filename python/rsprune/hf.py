@@ -136,8 +136,8 @@ class RspruneQuantizer(HfQuantizer):  # type: ignore[misc]
 
 def _install_blocks(model: Any, blocks: Any, checkpoint: Checkpoint) -> None:
     """Makes the layers of an empty model what `quantization_config` says; see `rsprune.flexi`."""
-    from rsprune.flexi.blocks import parse_blocks
-    from rsprune.flexi.modules import install
+    from rsprune.replaced import parse_blocks
+    from rsprune.replaced_layers import install
     from rsprune.skeleton import decoder_layers
 
     prefix, layers = decoder_layers(model)

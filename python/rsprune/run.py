@@ -278,7 +278,9 @@ class _LayerwiseRun:
         scratch = self._scratch(output, job)
         packed = packed_in(self._done("tensor"), index)
         replay(job, output.folder / record["file"], packed, names, record, scratch)
-        output.keep_shard(record["file"], self.prepared.checkpoint, self._names(index), packed=packed)
+        output.keep_shard(
+            record["file"], self.prepared.checkpoint, self._names(index), packed=packed
+        )
         dense, own = job.advance()
         skeleton.drop_layer(index)
         give_freed_pages_back()

@@ -21,11 +21,11 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from rsprune.checkpoint import FLOATS, TORCH_DTYPES, Checkpoint, TensorInfo
 from rsprune.errors import UsageError
 from rsprune.experts import ExpertLinear, Experts, unfuse
-from rsprune.flexi.blocks import read_blocks
-from rsprune.flexi.modules import install
 from rsprune.guard import refusing, refusing_panics
 from rsprune.model_config import check_model, parameters_registered_by, read_config
 from rsprune.pool import TensorPool
+from rsprune.replaced import read_blocks
+from rsprune.replaced_layers import install
 from rsprune.stored import StoredLinear, keep_stored
 
 if TYPE_CHECKING:
@@ -82,6 +82,15 @@ class Skeleton:
         if missing := self.missing():
             raise MissingTensorsError(missing, checkpoint.folder)
         self._check_tensors()
+
+    def refuse_replaced(self) -> None:
+        """Raises `UsageError` where layers share weights: they are no layers to compress again."""
+        if self.blocks:
+            names = ", ".join(map(str, sorted(self.blocks)))
+            raise UsageError(
+                f"{self.checkpoint.folder}: has layers that are replaced ({names}); expected "
+                "ordinary ones, as of rsprune export --dense"
+            )
 
     def _check_tensors(self) -> None:
         """Refuses tensors that are not what the parameters of the model are, and broken buffers."""

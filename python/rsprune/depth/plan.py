@@ -48,6 +48,7 @@ class Opened:
         skeleton = Skeleton(
             checkpoint, device=config.device, trust_remote_code=config.trust_remote_code
         )
+        skeleton.refuse_replaced()
         stream = Stream(skeleton)
         return cls(checkpoint, skeleton, stream, stream.open(tokens))
 

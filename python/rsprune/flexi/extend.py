@@ -17,11 +17,11 @@ from rsprune.blocks import LayerStructure
 from rsprune.config import Config
 from rsprune.depth.plan import Opened
 from rsprune.errors import UsageError
-from rsprune.flexi.blocks import Block
-from rsprune.flexi.modules import install_block, linears_of
 from rsprune.flexi.positions import Position
 from rsprune.flexi.site import fill
 from rsprune.layer_path import run_layer, twin
+from rsprune.replaced import Block
+from rsprune.replaced_layers import install_block, linears_of
 from rsprune.skeleton import Skeleton
 
 

@@ -1,14 +1,14 @@
 """Stand-ins that are layers.
 
-    shared   another layer's weights; adapters on the two linears that write to the residual stream,
-             fitted to what the dense layer writes there:
-                 T = (x_d + a_d) - x*           after the attention, a_d: what the dense layer adds
-                 T = y - h                      after the MLP, h: the residual stream in front of it
-                 g   least squares of T on the shared weight's output W z, channel by channel
-                 BA  reduced-rank regression of T - g o W z on z
-    own      its own weights, each replaced by the product of rank r that is closest on its inputs
-    svd      another layer's weights; on every linear the truncated SVD of W_i - W_j (published),
-             and gains as above [ours; the published output normalisation is in `pairs`]
+shared   another layer's weights; adapters on the two linears that write to the residual stream,
+         fitted to what the dense layer writes there:
+             T = (x_d + a_d) - x*           after the attention, a_d: what the dense layer adds
+             T = y - h                      after the MLP, h: the residual stream in front of it
+             g   least squares of T on the shared weight's output W z, channel by channel
+             BA  reduced-rank regression of T - g o W z on z
+own      its own weights, each replaced by the product of rank r that is closest on its inputs
+svd      another layer's weights; on every linear the truncated SVD of W_i - W_j (published),
+         and gains as above [ours; the published output normalisation is in `pairs`]
 """
 
 from __future__ import annotations
@@ -24,11 +24,11 @@ from torch import Tensor, nn
 from rsprune import _core
 from rsprune.blocks import LayerStructure
 from rsprune.depth.walk import Walk
-from rsprune.flexi.blocks import Block
 from rsprune.flexi.maps import Sums, balanced
-from rsprune.flexi.modules import linears_of
 from rsprune.flexi.site import Site, StandIn, built, observe, stored, weight_of
 from rsprune.layer_path import as_rows
+from rsprune.replaced import Block
+from rsprune.replaced_layers import linears_of
 from rsprune.windows import Split, Windows
 
 GAIN_WINDOWS = 4
@@ -236,9 +236,7 @@ def _written(
             yield seen.window, seen.inputs[name], seen.outputs[name], y - before
         return
     with site.walk.layer(site.index) as dense:
-        theirs = observe(
-            site.walk, dense, site.kwargs, site.dense_in, [name], windows, whole=False
-        )
+        theirs = observe(site.walk, dense, site.kwargs, site.dense_in, [name], windows, whole=False)
         for seen, other in zip(own, theirs, strict=True):
             x_d, x = (s.get(seen.window, site.device)[0] for s in (site.dense_in, site.own))
             target = x_d + other.outputs[name] - x
@@ -272,5 +270,3 @@ def _adapter(
         inner = torch.zeros(rank, linear.in_features)
         return balanced(torch.zeros(linear.out_features, rank), inner, site.dtype)
     return balanced(fitted[0], fitted[1], site.dtype)
-
-

@@ -15,8 +15,8 @@ from torch import Tensor
 
 from rsprune import _core
 from rsprune.flexi.site import Errors, Site, StandIn, map_module, stored
-from rsprune.flexi.blocks import Block
 from rsprune.layer_path import as_rows
+from rsprune.replaced import Block
 from rsprune.windows import Windows
 
 DAMPINGS = (1e-3, 1e-2, 1e-1, 1.0)

@@ -22,9 +22,9 @@ import torch
 from rsprune import _core
 from rsprune.depth.walk import Walk
 from rsprune.flexi.layers import sources_of, svd_start
-from rsprune.flexi.modules import linears_of, normalised
 from rsprune.flexi.site import Site, StandIn, built, weight_of
 from rsprune.layer_path import run_layer
+from rsprune.replaced_layers import linears_of, normalised
 
 Triples = tuple[np.ndarray, np.ndarray, np.ndarray]  # type: ignore[type-arg]
 
@@ -69,7 +69,9 @@ class Pairs:
             return found["left"], found["values"], found["right"]
 
 
-def fit_published(site: Site, pairs: Pairs, kept: Sequence[int]) -> tuple[StandIn, dict[int, float]]:
+def fit_published(
+    site: Site, pairs: Pairs, kept: Sequence[int]
+) -> tuple[StandIn, dict[int, float]]:
     """The published stand-in, untrained, and the distances by which its source was chosen."""
     source, distances = pairs.nearest(site.index, sources_of(site, kept))
     start = svd_start(site, source, ())

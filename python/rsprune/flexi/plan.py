@@ -20,10 +20,10 @@ from rsprune.depth.remove import Removal, parse_removal
 from rsprune.depth.scores import METHODS
 from rsprune.errors import UsageError
 from rsprune.flexi.extend import check_extension, repeated
-from rsprune.flexi.modules import linears_of
 from rsprune.memory import memory_limit
 from rsprune.output import free_bytes
 from rsprune.plan import Plan
+from rsprune.replaced_layers import linears_of
 from rsprune.unused import unused_flexigpt_options
 
 WINDOWS_IN_FILES = 7

@@ -19,9 +19,9 @@ from torch import Tensor
 from rsprune import _core
 from rsprune.checkpoint import TORCH_DTYPES, Checkpoint
 from rsprune.depth.walk import Arguments, Walk
-from rsprune.flexi.blocks import Block
 from rsprune.flexi.site import StandIn, built, map_module
 from rsprune.layer_path import with_parameters
+from rsprune.replaced import Block
 from rsprune.skeleton import Skeleton
 from rsprune.windows import Windows
 
@@ -152,14 +152,11 @@ def new_tensors(skeleton: Skeleton, position: Position, number: int) -> dict[str
 
 def renumbered(skeleton: Skeleton, name: str, number: int) -> str:
     """An on-disk name of a layer's tensor, with another layer's number."""
-    prefix = re.escape(skeleton.layer_prefix.rpartition(".")[2])
-    renamed, count = re.subn(rf"(^|\.){prefix}\.\d+\.", rf"\g<1>{_last(prefix)}.{number}.", name, 1)
-    assert count == 1, name
+    prefix = skeleton.layer_prefix.rpartition(".")[2]
+    pattern = rf"(^|\.){re.escape(prefix)}\.\d+\."
+    renamed, found = re.subn(pattern, rf"\g<1>{prefix}.{number}.", name, count=1)
+    assert found == 1, name
     return renamed
-
-
-def _last(escaped: str) -> str:
-    return escaped.replace("\\", "")
 
 
 def final_blocks(positions: Sequence[Position]) -> dict[int, Block]:

@@ -1,7 +1,8 @@
 """Recovery of one stand-in: Adam on adapters, maps, gains and norms against the dense outputs.
 
 The tuner of `--tune-block`, with the parameters that a stand-in brings: it fits
-`|stand-in(x*) - y|^2 / |y|^2`, rounds to what is stored, and keeps what is best on held-out windows.
+`|stand-in(x*) - y|^2 / |y|^2`, rounds to what is stored, and keeps what is best on held-out
+windows.
 """
 
 from __future__ import annotations

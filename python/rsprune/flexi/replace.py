@@ -60,7 +60,9 @@ class Replacer:
     def _store(self, name: str) -> Windows:
         return self.walk.store(f"flexi {name}", len(self.dense), self.dense.tokens)
 
-    def unit(self, index: int, removed: Sequence[int]) -> tuple[list[Position], list[dict[str, Any]]]:
+    def unit(
+        self, index: int, removed: Sequence[int]
+    ) -> tuple[list[Position], list[dict[str, Any]]]:
         """Does one unit.
 
         Returns:
@@ -85,9 +87,7 @@ class Replacer:
         """Runs the layer that stays; keeps what a fold needs."""
         kwargs = self.kwargs[index]
         if folds:
-            self.linear = residual_linear(
-                layer, kwargs, self.own.get(0, self.walk.skeleton.device)
-            )
+            self.linear = residual_linear(layer, kwargs, self.own.get(0, self.walk.skeleton.device))
         self.walk.advance(layer, kwargs, self.dense, self.dense)
         if self.linear is None:
             self.walk.advance(layer, kwargs, self.own, self.own)

@@ -21,7 +21,6 @@ from rsprune.depth.cut import cut_config, new_names
 from rsprune.depth.plan import read_config_text
 from rsprune.depth.run import DepthRun
 from rsprune.depth.walk import Arguments, Walk
-from rsprune.flexi.blocks import block_settings
 from rsprune.flexi.card import flexi_card
 from rsprune.flexi.extend import extended
 from rsprune.flexi.plan import prepare
@@ -36,6 +35,7 @@ from rsprune.flexi.positions import (
 from rsprune.flexi.replace import Replacer
 from rsprune.memory import give_freed_pages_back
 from rsprune.output import OutputFolder
+from rsprune.replaced import block_settings
 from rsprune.windows import Split
 
 
@@ -116,7 +116,9 @@ class FlexiRun(DepthRun):
         """Writes a unit's shard and its line."""
         copied, new = self._tensors(positions)
         with self.timing.stage("write"):
-            record = output.put_tensors(self._shard(number + 1), self.opened.checkpoint, copied, new)
+            record = output.put_tensors(
+                self._shard(number + 1), self.opened.checkpoint, copied, new
+            )
         assert self.journal is not None
         self.journal.write(
             "layer", layer=number, dense_layer=positions[0].origin,

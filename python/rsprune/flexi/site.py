@@ -23,9 +23,9 @@ from torch import Tensor, nn
 
 from rsprune.blocks import StopForwardError
 from rsprune.depth.walk import Walk
-from rsprune.flexi.blocks import Block
-from rsprune.flexi.modules import LowRank, install_block, linears_of
 from rsprune.layer_path import run_layer, twin, with_parameters
+from rsprune.replaced import Block
+from rsprune.replaced_layers import LowRank, install_block, linears_of
 from rsprune.windows import Split, Windows
 
 Errors = tuple[float, float | None]

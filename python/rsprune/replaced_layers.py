@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from rsprune.flexi.blocks import Block, Blocks
+from rsprune.replaced import Block, Blocks
 
 EPSILON = 1e-6
 """Added to the variance of what is normalised."""

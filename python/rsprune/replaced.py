@@ -21,7 +21,6 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 from rsprune.errors import UsageError
 
 
-
 class Block(BaseModel):
     """How one layer differs from its class.
 
@@ -91,16 +90,23 @@ def read_blocks(folder: Path, layers: int) -> dict[int, Block]:
         UsageError: the entry is malformed.
     """
     try:
+        return parse_blocks(_entry(folder), layers)
+    except ValueError as error:
+        raise UsageError(f"{folder / 'config.json'}: quantization_config: {error}") from None
+
+
+def says_blocks(folder: Path) -> bool:
+    """Whether config.json says of any layer that it is no ordinary one."""
+    return bool(_entry(folder))
+
+
+def _entry(folder: Path) -> Any:
+    try:
         content = json.loads((folder / "config.json").read_bytes())
     except (OSError, ValueError, RecursionError):
         return {}  # who needs the file reads it with its own words for what is wrong
     settings = content.get("quantization_config") if isinstance(content, dict) else None
-    if not isinstance(settings, dict) or "blocks" not in settings:
-        return {}
-    try:
-        return parse_blocks(settings["blocks"], layers)
-    except ValueError as error:
-        raise UsageError(f"{folder / 'config.json'}: quantization_config: {error}") from None
+    return settings.get("blocks", {}) if isinstance(settings, dict) else {}
 
 
 def block_settings(blocks: Blocks) -> dict[str, Any]:
