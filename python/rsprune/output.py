@@ -175,6 +175,52 @@ class OutputFolder:
         path = self.folder / file
         return {"file": file, "bytes": path.stat().st_size, "sha256": sha256(path)}
 
+    def keep_tensors(
+        self,
+        file: str,
+        source: Checkpoint,
+        copied: Mapping[str, str],
+        new: Mapping[str, tuple[str, torch.Tensor]],
+    ) -> None:
+        """Counts a shard in that an earlier run has finished; arguments as in `put_tensors`."""
+        self.keep_shard(file, source, list(copied), copied)
+        for name, (_, value) in new.items():
+            self._files[name] = file
+            self.total_bytes += value.nbytes
+            self.total_parameters += value.numel()
+
+    def put_tensors(
+        self,
+        file: str,
+        source: Checkpoint,
+        copied: Mapping[str, str],
+        new: Mapping[str, tuple[str, torch.Tensor]],
+    ) -> dict[str, Any]:
+        """Writes one shard with tensors that no checkpoint has.
+
+        Args:
+            file: its name.
+            source: where copied tensors come from.
+            copied: what `source` calls a tensor -> what the shard calls it.
+            new: what the shard calls a tensor -> its dtype on disk and its value.
+
+        Returns:
+            file, bytes and sha256 of what is on disk.
+        """
+        infos = [source.tensors[name] for name in copied]
+        plan = [(copied[info.name], info.dtype, list(info.shape)) for info in infos]
+        plan += [(name, dtype, list(value.shape)) for name, (dtype, value) in new.items()]
+        with named_errors():
+            writer = _core.ShardWriter(self.folder / file, plan, {"format": "pt"})
+            for name, called in copied.items():
+                source.copy_into(writer, name, called)
+            for name, (_, value) in new.items():
+                writer.put(name, _bytes(as_stored(value, value.dtype)))
+            writer.finish()
+        self.keep_tensors(file, source, copied, new)
+        path = self.folder / file
+        return {"file": file, "bytes": path.stat().st_size, "sha256": sha256(path)}
+
     def copy_other_files(self, source: Path) -> None:
         """Copies everything that is not a weight (configuration, tokenizer, licence, code)."""
         for relative in other_files(source):

@@ -32,7 +32,7 @@ class LowRank(nn.Module):
         residual: bool = False,
     ) -> None:  # fmt: skip
         super().__init__()
-        made = {"device": like.device, "dtype": like.dtype}
+        made: dict[str, Any] = {"device": like.device, "dtype": like.dtype}
         self.residual = residual
         self.lora_A = nn.Linear(inputs, rank, bias=False, **made)
         self.lora_B = nn.Linear(rank, outputs, bias=bias, **made)
@@ -58,7 +58,7 @@ class SharedLinear(nn.Module):
         super().__init__()
         like = source.weight
         outputs, inputs = like.shape
-        made = {"device": like.device, "dtype": like.dtype}
+        made: dict[str, Any] = {"device": like.device, "dtype": like.dtype}
         self.in_features, self.out_features = inputs, outputs
         self._source = () if tied else (source,)  # in a tuple: not a submodule
         if tied:
@@ -126,19 +126,20 @@ def _install_behind(layer: nn.Module, block: Block) -> None:
             LowRank(channels, channels, rank, like=like, residual=True) for rank in block.maps
         )
     if block.normalised:
-        made = {"device": like.device, "dtype": like.dtype}
+        made: dict[str, Any] = {"device": like.device, "dtype": like.dtype}
         layer.output_gamma = nn.Parameter(torch.empty(channels, **made))
-    layer.__class__ = _with_more_behind(type(layer))
+    kind: Any = type(layer)
+    layer.__class__ = _with_more_behind(kind)
 
 
 def _channels(layer: nn.Module) -> int:
     """Width of a layer's output: that of what it normalises."""
     norms = (m for m in layer.children() if not list(m.children()) and hasattr(m, "weight"))
-    return int(next(norms).weight.shape[0])  # type: ignore[union-attr, index]
+    return int(next(norms).weight.shape[0])  # type: ignore[index]
 
 
 @functools.cache
-def _with_more_behind(kind: type[nn.Module]) -> type[nn.Module]:
+def _with_more_behind(kind: Any) -> type[nn.Module]:
     """A class that computes what `kind` does and then its maps and its normalisation."""
 
     @functools.wraps(kind.forward)

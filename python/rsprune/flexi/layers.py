@@ -159,8 +159,8 @@ def fit_own(site: Site, layer: nn.Module, structure: LayerStructure) -> StandIn:
 
 def _rank(site: Site, linear: str) -> int:
     """The rank of a linear's adapter: what was asked for, but no more than a matrix has."""
-    shape = linears_of(site.walk.skeleton.layers[site.index])[linear].weight.shape
-    return min(site.rank, *shape)
+    module = linears_of(site.walk.skeleton.layers[site.index])[linear]
+    return min(site.rank, module.in_features, module.out_features)
 
 
 def _gain_windows(site: Site) -> int:

@@ -26,7 +26,7 @@ from rsprune.flexi.site import Site, StandIn, built, weight_of
 from rsprune.layer_path import run_layer
 from rsprune.replaced_layers import linears_of, normalised
 
-Triples = tuple[np.ndarray, np.ndarray, np.ndarray]  # type: ignore[type-arg]
+Triples = tuple[np.ndarray, np.ndarray, np.ndarray]
 
 
 class Pairs:

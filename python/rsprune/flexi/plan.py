@@ -92,7 +92,7 @@ def _removal(config: Config, layers: int) -> Removal:
 
 def _check_experts(opened: Opened, config: Config) -> None:
     """Refuses layers with experts where their weights would be shared or factored."""
-    wanted = [name for name in config.replace if name in ("shared", "own", "svd")]
+    wanted: list[str] = [name for name in config.replace if name in ("shared", "own", "svd")]
     if config.flexigpt_mode == "faithful" or config.extend:
         wanted = ["adapters"]
     for index, seen in enumerate(opened.opening.structures):

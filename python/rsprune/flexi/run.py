@@ -77,7 +77,8 @@ class FlexiRun(DepthRun):
                     replacer.replay(index, removed, positions)
                 self._count_in(output, record["file"], positions)
                 continue
-            started, records = time.perf_counter(), []
+            started = time.perf_counter()
+            records: list[dict[str, Any]] = []
             positions = [Position(index)]
             if number <= last:
                 assert replacer is not None
@@ -138,7 +139,9 @@ class FlexiRun(DepthRun):
         self, positions: list[Position]
     ) -> tuple[dict[str, str], dict[str, tuple[str, torch.Tensor]]]:
         """What a shard copies (name -> new name), and what is new in it."""
-        skeleton, copied, new = self.opened.skeleton, {}, {}
+        skeleton = self.opened.skeleton
+        copied: dict[str, str] = {}
+        new: dict[str, tuple[str, torch.Tensor]] = {}
         for number, position in enumerate(positions, start=len(self.positions)):
             copied |= copied_names(skeleton, position, number)
             for name, value in new_tensors(skeleton, position, number).items():

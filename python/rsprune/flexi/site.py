@@ -91,7 +91,8 @@ class Site:
     def weights(self, window: int) -> Tensor:
         """`1 / |y|` [tokens, 1]."""
         y = self.dense_out.get(window, self.device)[0]
-        return 1.0 / y.norm(dim=-1, keepdim=True).clamp_min(torch.finfo(y.dtype).tiny)
+        norms: Tensor = y.norm(dim=-1, keepdim=True)
+        return 1.0 / norms.clamp_min(torch.finfo(y.dtype).tiny)
 
     @property
     def device(self) -> torch.device:
