@@ -76,7 +76,8 @@ def parse_blocks(given: Any, layers: int) -> dict[int, Block]:
         source = block.source
         if source is None:
             continue
-        if source >= layers or blocks.get(source, Block()).ranks or source == index:
+        other = blocks.get(source, Block())
+        if source >= layers or other.ranks or other.source is not None:
             raise ValueError(
                 f"blocks: layer {index}: expected an ordinary layer as source, found {source}"
             )

@@ -18,7 +18,7 @@ from torch import Tensor
 from rsprune.checkpoint import Checkpoint
 from rsprune.errors import UsageError
 from rsprune.flexi.card import flexi_card
-from rsprune.flexi.positions import NAMES
+from rsprune.flexi.positions import NAMES, prefix_of
 from rsprune.output import OutputFolder, check_output, free_bytes
 from rsprune.progress import NullProgress, Progress
 from rsprune.replaced_layers import LowRank, SharedLinear
@@ -141,22 +141,11 @@ def _merged(skeleton: Skeleton, index: int) -> dict[str, Tensor]:
             a, b = stored("lora_A.weight"), stored("lora_B.weight")
             dtype, value = b.dtype, b.float() @ a.float()
             bias = stored("lora_B.bias") if module.lora_B.bias is not None else None
-        prefix = _disk_prefix(skeleton, index, name)
+        prefix = f"{prefix_of(skeleton, index, index)}{name}"
         found[f"{prefix}.weight"] = value.to(dtype)
         if bias is not None:
             found[f"{prefix}.bias"] = bias
     return found
-
-
-def _disk_prefix(skeleton: Skeleton, index: int, linear: str) -> str:
-    """What the files call a linear of a replaced layer."""
-    leaf = next(
-        n for n, _ in skeleton.layers[index].get_submodule(linear).named_parameters() if "." in n
-        or n in ("gain", "bias")
-    )  # fmt: skip
-    on_disk = skeleton.disk_name(skeleton.layer_name(index, f"{linear}.{leaf}"))
-    assert on_disk is not None
-    return on_disk.removesuffix(f".{leaf}")
 
 
 def _write_report(report: Report, records: list[dict[str, object]], output: OutputFolder) -> None:

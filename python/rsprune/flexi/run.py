@@ -35,6 +35,7 @@ from rsprune.flexi.positions import (
 from rsprune.flexi.replace import Replacer
 from rsprune.memory import give_freed_pages_back
 from rsprune.output import OutputFolder
+from rsprune.packing import settings
 from rsprune.replaced import block_settings
 from rsprune.windows import Split
 
@@ -156,16 +157,8 @@ class FlexiRun(DepthRun):
             trust_remote_code=self.config.trust_remote_code,
         )  # fmt: skip
         if blocks := final_blocks(self.positions):
-            self.cut["quantization_config"] = settings(block_settings(blocks))
+            self.cut["quantization_config"] = {**settings({}), "blocks": block_settings(blocks)}
         self.names = {None: new_names(skeleton, origins)[None]}
-
-
-def settings(blocks: dict[str, Any]) -> dict[str, Any]:
-    """The `quantization_config` of a folder whose only peculiarity is its blocks."""
-    return {
-        "quant_method": "rsprune", "version": 1, "compute": "float32", "linears": {}, "dense": {},
-        "blocks": blocks,
-    }  # fmt: skip
 
 
 def units_of(kept: list[int], layers: int) -> list[tuple[int, list[int]]]:
