@@ -1,5 +1,6 @@
 """Folders with replaced layers: loaded, saved, gone on with, extended, and written out dense."""
 
+import dataclasses
 import json
 import subprocess
 import sys
@@ -15,6 +16,7 @@ from tiny_models import ordinary, tensors_of, token_ids
 from rsprune import Config, compress
 from rsprune.errors import UsageError
 from rsprune.export import export_dense
+from rsprune.flexi.train import Training, train
 from rsprune.progress import NullProgress
 from rsprune.replaced import Block, parse_blocks, read_blocks
 from rsprune.verify import verify
@@ -252,3 +254,31 @@ def test_replaced_layers_are_not_compressed_again(
         config = Config(calibration=str(documents), **options)
         with pytest.raises(UsageError, match="has layers that are replaced"):
             compress(replaced("shared"), tmp_path / "out", config)
+
+
+def test_training_lowers_the_loss_and_goes_on_after_a_stop(
+    replaced: Made, text: Path, tmp_path: Path
+) -> None:
+    training = Training(steps=24, seq_len=32, batch=2, rate=3e-3, threads=1)
+    model, whole, out = replaced("faithful"), tmp_path / "whole", tmp_path / "out"
+    found = train(model, whole, text, training)
+    assert found["loss_last"] < 0.95 * found["loss_first"]
+    with pytest.raises(KeyboardInterrupt):
+        train(model, out, text, training, progress=_Stopping(22))
+    with pytest.raises(UsageError, match="unfinished training whose options: rate differs"):
+        train(model, out, text, dataclasses.replace(training, rate=1.0))
+    assert train(model, out, text, training) == found
+    assert verify(out) == []
+    before, after = tensors_of(model), tensors_of(out)
+    for path in whole.glob("*.safetensors"):
+        assert path.read_bytes() == (out / path.name).read_bytes()
+    changed = {name for name in before if not torch.equal(before[name], after[name])}
+    assert any(name.endswith("output_gamma") for name in changed)
+    assert any(name.endswith("lora_B.weight") for name in changed)
+    replaced_layers = {f"model.layers.{index}." for index in blocks_of(model)}
+    assert all(any(name.startswith(p) for p in replaced_layers) for name in changed)
+
+
+def test_training_needs_something_to_train(deep: Deep, text: Path, tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match="expected replaced layers to train, found none"):
+        train(deep("llama"), tmp_path / "out", text)
