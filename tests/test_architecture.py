@@ -39,7 +39,7 @@ MIDDLE = {
 MIDDLE |= {"sources", "inspect", "model_config", "head", "scoring", "eval_plan", "eval_journal"}
 MIDDLE |= {"evaluate", "eval_tasks", "harness", "permute", "tune", "resume"}
 TOP = {"plan", "run", "demo", "verify", "tables", "card", "options", "cli", "estimate"}
-TOP |= {"layer_run", "allocate", "unused", "driver", "depth", "flexi"}
+TOP |= {"layer_run", "allocate", "unused", "driver", "depth", "stages", "flexi"}
 
 
 def short(path: Path) -> str:

@@ -51,7 +51,7 @@ def test_help_is_fast_and_names_every_command():
         done = in_a_process("--help")
         seconds.append(time.perf_counter() - begun)
     assert done.returncode == 0
-    for command in ("demo", "plan", "compress", "eval", "inspect", "verify"):
+    for command in ("demo", "plan", "compress", "blocks", "eval", "inspect", "verify"):
         assert f"\n  {command} " in done.stdout
     assert min(seconds) < 0.3
 
@@ -133,12 +133,16 @@ def test_every_option_arrives(monkeypatch: pytest.MonkeyPatch, compressed: dict[
         --propagate model --target own --no-true-sequential --damping 0.5 --warm-start wanda
         --iterations 9 --xi 0.2 --patience 2 --lambda-start 0.5 --device auto --threads 1
         --trust-remote-code --correction 0.5 --refit --search --rho-schedule published --budget 99
-        --tune-block --tune-steps 9 --tune-rate 0.1 --tune-batch 3 --allocate --no-permute"""
+        --tune-block --tune-steps 9 --tune-rate 0.1 --tune-batch 3 --allocate --no-permute
+        --calibration d.txt --remove 20% --protect 3,1 --no-fold --pip-norm l2 --edit-rate 0.3
+        --texts 4 --text-tokens 99"""
     command = ["compress", "m", "o", "--quiet", "--overwrite", *text.split()]
     assert run(command, monkeypatch) == 0
     config = compressed["config"]
     assert config.model_fields_set == set(Config.model_fields)
     assert config.ignore == ("a*", "b")
+    assert config.calibration == ("c.txt", "d.txt")
+    assert (config.remove, config.protect, config.fold) == ("20%", (3, 1), False)
     assert config.memory == 2 << 30
     assert config.true_sequential is False
     assert (config.damping, config.xi, config.heldout) == (0.5, 0.2, 0.25)

@@ -31,7 +31,7 @@ torch.manual_seed(0)
 for folder, out in zip(sys.argv[1::2], sys.argv[2::2]):
     model, info = AutoModelForCausalLM.from_pretrained(
         folder, dtype=torch.float32, output_loading_info=True)
-    assert not any(info[key] for key in ("missing_keys", "unexpected_keys", "mismatched_keys")), info
+    assert not any(info[f"{kind}_keys"] for kind in ("missing", "unexpected", "mismatched")), info
     AutoTokenizer.from_pretrained(folder)
     ids = torch.load(out)
     options = {"max_new_tokens": 6, "min_new_tokens": 6, "do_sample": False}
@@ -112,7 +112,8 @@ def test_the_folder_is_whole(kind: str, outputs: Any):
     assert sum(t.nbytes for t in after.values()) < sum(t.nbytes for t in before.values())
     assert len(after) < len(before)
     card = (out / "README.md").read_text()
-    assert "decoder layers removed" in card and "random" in card
+    assert "decoder layers removed" in card
+    assert "random" in card
 
 
 def test_tied_embeddings_stay_tied(outputs: Any):
@@ -153,5 +154,5 @@ def test_layers_that_are_made_by_their_numbers_are_refused(tiny: Callable[..., P
     opened = Opened.of(tiny("qwen3_moe"), Config.create(**OPTIONS), 16)
     content = read_config_text(tiny("qwen3_moe"))
     assert content["mlp_only_layers"] == [1]
-    with pytest.raises(UsageError, match="layer 1 must be what layer 2 was, expected mlp.experts"):
+    with pytest.raises(UsageError, match=r"layer 1 must be what layer 2 was, expected mlp\.ex"):
         cut_config({**content, "mlp_only_layers": [1, 2]}, opened.skeleton, [1, 2])

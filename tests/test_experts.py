@@ -19,11 +19,11 @@ from rsprune.blocks import Group
 from rsprune.calibrate import GroupStatistics
 from rsprune.checkpoint import Checkpoint
 from rsprune.config import Config
+from rsprune.driver import make_plan
 from rsprune.errors import UsageError
 from rsprune.experts import FUSED, Experts, unfuse
 from rsprune.methods.base import Inputs
 from rsprune.methods.few_tokens import DATA_FREE, too_few
-from rsprune.plan import make_plan
 from rsprune.progress import NullProgress
 from rsprune.report import load_report
 from rsprune.run import compress

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from rsprune import Config, methods
-from rsprune.plan import make_plan
+from rsprune.driver import make_plan
 from rsprune.unused import METHODS, unused_options
 
 

@@ -20,13 +20,13 @@ from rsprune import transformers_hook
 if TYPE_CHECKING:
     from rsprune._core import __version__
     from rsprune.config import Config
+    from rsprune.driver import make_plan
     from rsprune.errors import RspruneError, UsageError
     from rsprune.eval_tasks import evaluate_tasks
     from rsprune.evaluate import perplexity
     from rsprune.export import export_dense
     from rsprune.hf import load
     from rsprune.inspect import inspect
-    from rsprune.plan import make_plan
     from rsprune.report import Report, load_report
     from rsprune.run import compress
     from rsprune.verify import verify
@@ -60,7 +60,7 @@ _HOMES = {
     "inspect": "inspect",
     "load": "hf",
     "load_report": "report",
-    "make_plan": "plan",
+    "make_plan": "driver",
     "perplexity": "evaluate",
     "verify": "verify",
 }

@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
 import typer
 
-from rsprune.options import Device, Threads, config_of, takes_options
+from rsprune.options import Device, Threads, config_of, configs_of, takes_options
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
@@ -119,22 +119,33 @@ def compress(
     restart: Annotated[
         bool, Option("--restart", help="Discard an unfinished run of OUT; the default goes on.")
     ] = False,
+    keep_stages: Annotated[
+        bool, Option("--keep-stages", help="Keep the folders between a recipe's stages.")
+    ] = False,
     dry_run: Annotated[bool, Option("--dry-run", help="Only plan.")] = False,
     json: Json = False,
     quiet: Quiet = False,
     **options: Any,
 ) -> None:
-    """Prune a checkpoint, layer by layer."""
-    config = config_of(options)
+    """Prune a checkpoint, layer by layer, or remove layers from it."""
     if dry_run:
-        _plan(model, out, config, json)
+        _plan(model, out, config_of(options), json)
         return
-    from rsprune.run import compress as run_compress
-
+    configs = configs_of(options)
+    if keep_stages and len(configs) == 1:
+        raise typer.BadParameter("--keep-stages goes with a recipe that lists stages")
+    how: dict[str, Any] = {"overwrite": overwrite, "restart": restart}
     with _progress(json, quiet) as progress:
-        report = run_compress(
-            model, out, config, overwrite=overwrite, restart=restart, progress=progress
-        )
+        if len(configs) == 1:
+            from rsprune.run import compress as run_compress
+
+            report = run_compress(model, out, configs[0], progress=progress, **how)
+        else:
+            from rsprune.stages import compress_stages
+
+            report = compress_stages(
+                model, out, configs, keep=keep_stages, progress=progress, **how
+            )
     if json:
         _emit(folder=report.folder, summary=report.summary)
     elif not quiet:
@@ -145,22 +156,10 @@ def compress(
 
 
 def _plan(model: str, out: Path | None, config: Config, json: bool) -> None:
-    from rsprune import methods
-    from rsprune.estimate import estimate, total
-    from rsprune.plan import prepare
-    from rsprune.sources import resolve
+    from rsprune.driver import estimated_plan
+    from rsprune.estimate import total
 
-    if config.method == "flexigpt":
-        from rsprune.depth import plan as depth
-        from rsprune.flexi import plan as flexi
-
-        made, stages = depth.estimate(flexi.prepare(resolve(model), config, out), config)
-    elif methods.removes_layers(config.method):
-        from rsprune.depth import plan as depth
-
-        made, stages = depth.estimate(depth.prepare(resolve(model), config, out), config)
-    else:
-        made, stages = estimate(prepare(resolve(model), config, out), config)
+    made, stages = estimated_plan(model, config, out)
     if json:
         _emit(plan=asdict(made), stages=[asdict(stage) for stage in stages])
         return
@@ -168,6 +167,49 @@ def _plan(model: str, out: Path | None, config: Config, json: bool) -> None:
 
     _show(plan_table(made))
     _show(stage_table([*stages, total(stages)]))
+
+
+@app.command()
+def blocks(
+    model: Model,
+    *,
+    calibration: Annotated[
+        list[str] | None, Option(help="Text, JSON-lines, parquet file; hub:NAME; repeatable.")
+    ] = None,
+    calibration_field: Annotated[
+        str | None, Option(help="Field of the records with the text.")
+    ] = None,
+    texts: Annotated[int | None, Option(help="Texts that score the layers [20].")] = None,
+    text_tokens: Annotated[int | None, Option(help="Tokens of such a text [256].")] = None,
+    edit_rate: Annotated[float | None, Option(help="Share of words edited [0.15].")] = None,
+    seed: Annotated[int | None, Option(help="Seed of texts and edits [0].")] = None,
+    html: Annotated[Path | None, Option(help="Draw the scores in this file.")] = None,
+    memory: Annotated[str | None, Option(help="Bound on memory, such as 4GiB.")] = None,
+    device: Device = None,
+    threads: Threads = None,
+    json: Json = False,
+    quiet: Quiet = False,
+) -> None:
+    """Score every decoder layer by every metric; nothing is removed."""
+    config = config_of(
+        {"recipe": None, "calibration": calibration, "calibration_field": calibration_field,
+         "texts": texts, "text_tokens": text_tokens, "edit_rate": edit_rate, "seed": seed,
+         "memory": memory, "device": device, "threads": threads}
+    )  # fmt: skip
+    from rsprune.depth.picture import survey_page
+    from rsprune.depth.survey import survey
+
+    with _exit_if_it_does_not_fit(), _progress(json, quiet) as progress:
+        found = survey(model, config, progress=progress)
+    if html is not None:
+        page = survey_page(found.model.name, found.layers, found.scores)
+        html.write_text(page, encoding="utf-8")
+    if json:
+        _emit(**asdict(found))
+    elif not quiet:
+        from rsprune.tables import score_table
+
+        _show(score_table(found.scores))
 
 
 @app.command(name="eval")

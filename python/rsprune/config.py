@@ -176,17 +176,55 @@ class Config(BaseModel):
     @classmethod
     def from_recipe(cls, path: Path, **overrides: Any) -> Config:
         """Reads `recipe.yaml`; `overrides` win. Unknown keys are refused by name."""
-        try:
-            content = yaml.safe_load(path.read_text(encoding="utf-8"))
-        except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-            raise UsageError(f"recipe {path}: cannot be read: {error}") from None
-        if not isinstance(content, dict):
-            raise UsageError(f"recipe {path}: expected keys and values, found {content!r}")
+        content = read_recipe(path)
+        if "stages" in content:
+            raise UsageError(f"recipe {path}: lists stages, which only `compress` runs")
         return cls.create(**{**content, **overrides})
 
     def to_recipe(self) -> str:
         """The recipe file that gives this configuration again."""
         return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False)
+
+
+def read_recipe(path: Path) -> dict[str, Any]:
+    """The keys and values of a recipe file; raises `UsageError` where it has none."""
+    try:
+        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise UsageError(f"recipe {path}: cannot be read: {error}") from None
+    if not isinstance(content, dict):
+        raise UsageError(f"recipe {path}: expected keys and values, found {content!r}")
+    return content
+
+
+def read_stages(recipe: Path, overrides: dict[str, Any]) -> list[Config]:
+    """The configurations of a recipe's stages; of its only one where it lists none.
+
+    Args:
+        recipe: the file.
+        overrides: options that win over those of every stage.
+
+    Raises:
+        UsageError: the recipe cannot be read or an option is wrong, with the number of the stage;
+            or the method is overridden.
+    """
+    content = read_recipe(recipe)
+    stages = content.pop("stages", None)
+    if stages is None:
+        return [Config.create(**{**content, **overrides})]
+    if not isinstance(stages, list) or not stages or not all(isinstance(s, dict) for s in stages):
+        raise UsageError(
+            f"recipe {recipe}: expected a list of stages, each with options, found {stages!r}"
+        )
+    if "method" in overrides:
+        raise UsageError(f"option method: recipe {recipe} lists stages with methods of their own")
+    configs = []
+    for number, stage in enumerate(stages, start=1):
+        try:
+            configs.append(Config.create(**{**content, **stage, **overrides}))
+        except UsageError as error:
+            raise UsageError(f"recipe {recipe}, stage {number}: {error}") from None
+    return configs
 
 
 def parse_bytes(text: str) -> int:

@@ -74,16 +74,22 @@ def interleaved(
     ]
     # Held-out windows are evenly spaced where each text's windows stand together: by turns, a step
     # that the number of texts divides would take all of them from one text.
-    held = heldout_mask(samples, heldout).split([len(part) for part in parts])
+    held = torch.split(heldout_mask(samples, heldout), [len(part) for part in parts])
     sources = tuple(
         Source(corpus.name, len(part), int(mask.sum()), part.numel())
         for corpus, part, mask in zip(corpora, parts, held, strict=True)
     )
     kept = [part[~mask] for part, mask in zip(parts, held, strict=True)]
     aside = [part[mask] for part, mask in zip(parts, held, strict=True)]
-    none = torch.empty(0, seq_len, dtype=torch.int64)
-    windows = (torch.cat([none, *(w[None] for w in by_turns(each))]) for each in (kept, aside))
-    return Calibration(*windows, sources)
+    return Calibration(_stacked(kept, seq_len), _stacked(aside, seq_len), sources)
+
+
+def _stacked(parts: list[torch.Tensor], seq_len: int) -> torch.Tensor:
+    """The windows of all parts by turns, [n, seq_len]; there may be none."""
+    import torch
+
+    windows = [window[None] for window in by_turns(parts)]
+    return torch.cat([torch.empty(0, seq_len, dtype=torch.int64), *windows])
 
 
 def shares(total: int, parts: int) -> list[int]:

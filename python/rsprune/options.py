@@ -12,7 +12,7 @@ from typer import Option
 if TYPE_CHECKING:
     from rsprune.config import Config
 
-__all__ = ["Device", "Threads", "config_of", "takes_options"]
+__all__ = ["Device", "Threads", "config_of", "configs_of", "takes_options"]
 
 Device = Annotated[str | None, Option(help="Where the model runs: cpu, cuda or auto.")]
 Threads = Annotated[int | None, Option(help="Worker threads [all that this process may use].")]
@@ -117,10 +117,24 @@ def takes_options(command: Callable[..., None]) -> Callable[..., None]:
     return command
 
 
+def configs_of(options: dict[str, Any]) -> list[Config]:
+    """As `config_of`, of every stage that the recipe lists."""
+    recipe: Path | None = options.get("recipe")
+    if recipe is None:
+        return [config_of(options)]
+    from rsprune.config import read_stages
+
+    return read_stages(recipe, _given({**options, "recipe": None}))
+
+
 def config_of(options: dict[str, Any]) -> Config:
     """Only what was given explicitly: a recipe's values win over defaults, not over options."""
     from rsprune.config import Config
 
     recipe: Path | None = options.pop("recipe")
-    given = {name: value for name, value in options.items() if value not in (None, [])}
+    given = _given(options)
     return Config.create(**given) if recipe is None else Config.from_recipe(recipe, **given)
+
+
+def _given(options: dict[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in options.items() if value not in (None, [])}

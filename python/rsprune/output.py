@@ -34,6 +34,9 @@ WEIGHT_FILES = ("*.safetensors", "*.safetensors.index.json", "*.bin", "*.bin.ind
                 "*.pth", "*.ckpt", "*.gguf", "*.h5", "*.msgpack", "*.onnx")  # fmt: skip
 """Files of the input that are weights in some format: never copied to the output."""
 
+OWN_FILES = ("rsprune-report.jsonl", "rsprune-scores.html", "recipe.yaml")
+"""What a run writes about itself: never copied to the output of the next."""
+
 
 NOTHING: Mapping[str, Any] = MappingProxyType({})
 
@@ -302,7 +305,7 @@ def other_files(source: Path) -> list[Path]:
         hidden = any(part.startswith(".") for part in relative.parts)
         if path.is_dir() or hidden or any(path.match(p) for p in WEIGHT_FILES):
             continue
-        if path.name in ("rsprune-report.jsonl", "recipe.yaml"):
+        if path.name in OWN_FILES:
             continue
         if not path.is_file():
             raise UsageError(f"{path}: expected a file to copy, found a pipe or a broken link")

@@ -80,24 +80,17 @@ class Prepared:
     inputs: Inputs
 
 
-def make_plan(model: str | Path, config: Config, out: Path | None = None) -> Plan:
-    """Says what `compress` would do, and refuses what it would refuse.
+def prepare(folder: Path, config: Config, out: Path | None) -> Prepared:
+    """Opens the checkpoint and plans the run of a method that prunes weights.
 
     Args:
-        model: folder, hub id or GGUF file.
+        folder: of the model.
         config: the options.
         out: where the output would lie, to look at its disk.
 
     Raises:
         UsageError: naming the tensor or option, what was expected and what was found.
     """
-    from rsprune.sources import resolve
-
-    return prepare(resolve(str(model)), config, out).plan
-
-
-def prepare(folder: Path, config: Config, out: Path | None) -> Prepared:
-    """Opens the checkpoint and plans the run; see `make_plan`."""
     method = methods.get(config.method)
     inputs = methods.inputs_of(method, config)
     pattern = parse_pattern(config)

@@ -39,16 +39,20 @@ def fingerprint(
     checkpoint: Checkpoint, windows: Tensor, config: Config, threads: int, device: str
 ) -> dict[str, Any]:
     """What must agree for two runs to give the same bytes, by the part that an error names."""
-    options = {k: v for k, v in config.model_dump(mode="json").items() if k not in FREE}
     return {
         **versions(),
         "instruction set": _core.kernel_name(),
         "threads": threads,
         "device": device,
         "calibration tokens": hashlib.sha256(windows.numpy().tobytes()).hexdigest(),
-        "options": options,
+        "options": options_of(config),
         "model files": model_hashes(checkpoint),
     }
+
+
+def options_of(config: Config) -> dict[str, Any]:
+    """The options that a result depends on."""
+    return {k: v for k, v in config.model_dump(mode="json").items() if k not in FREE}
 
 
 def versions() -> dict[str, str]:

@@ -58,6 +58,7 @@ def compress(
     overwrite: bool = False,
     restart: bool = False,
     progress: Progress | None = None,
+    base_model: str | None = None,
 ) -> Report:
     """Prunes a checkpoint, one decoder layer in memory at a time.
 
@@ -71,6 +72,7 @@ def compress(
         overwrite: whether `out` may exist. It is replaced when the run has finished, not before.
         restart: whether an unfinished run of this output is discarded instead of gone on with.
         progress: what is told how far the run is.
+        base_model: what the card calls the base model, if it is not `model`.
 
     Returns:
         The report that also lies in `out`.
@@ -95,7 +97,7 @@ def compress(
             try:
                 run.take_up(output, restart=restart)
                 run.write_layers(output)
-                run.finish(output, str(model))
+                run.finish(output, base_model or str(model))
             except BaseException:
                 run.leave(output)
                 raise

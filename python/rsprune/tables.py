@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from rich import box
@@ -27,6 +27,7 @@ __all__ = [
     "pairs_table",
     "plan_table",
     "removal_table",
+    "score_table",
     "size",
     "stage_table",
     "summary_table",
@@ -61,6 +62,14 @@ def removal_table(report: Report) -> Table:
     folds = [record["fold"] for record in report.layers if "fold" in record]
     folded = sum("after" in fold for fold in folds)
     table.caption = f"maps folded for {folded} of {len(folds)} removed spans" if folds else None
+    return table
+
+
+def score_table(scores: Mapping[str, Mapping[int, float]]) -> Table:
+    """A row a decoder layer, a column a metric."""
+    table = new_table("layer", *scores)
+    for index in sorted({index for values in scores.values() for index in values}):
+        table.add_row(str(index), *(_significant(values.get(index)) for values in scores.values()))
     return table
 
 

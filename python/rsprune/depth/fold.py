@@ -29,6 +29,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -149,8 +150,7 @@ class _Folding:
             return Fold(self.index, {}, {"before": before, "skipped": reason})
         calibration = self._sums(dense, range(self.split.calibration))
         heldout = self._sums(dense, range(self.split.calibration, self.split.count))
-        # One thread, as the bits of a factorisation depend on their number.
-        (solved,) = self.walk.each(lambda _: best_map(calibration, heldout), [0])
+        solved = self.walk.alone(partial(best_map, calibration, heldout))
         if solved is None:
             self.own.copy_from(self.output)
             reason = "no ridge lowers the error on held-out windows"
@@ -180,7 +180,7 @@ class _Folding:
             for leaf, parameter in layer.get_submodule(self.linear).named_parameters():
                 name = skeleton.disk_name(skeleton.layer_name(self.index, f"{self.linear}.{leaf}"))
                 assert name is not None  # the skeleton refused missing tensors
-                (mapped,) = self.walk.each(lambda _, p=parameter: _mapped(difference, p), [0])
+                mapped = self.walk.alone(partial(_mapped, difference, parameter))
                 dtype = TORCH_DTYPES[skeleton.checkpoint.tensors[name].dtype]
                 tensors[name] = as_stored(mapped, dtype)
                 values[f"{self.linear}.{leaf}"] = mapped.to(dtype).to(parameter.dtype)

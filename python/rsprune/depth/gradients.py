@@ -77,7 +77,7 @@ def view_gradient(
         hidden: its input [1, tokens, channels].
         above: the loss gradient of its output.
     """
-    weights = {f"{name}.weight" for name, m in layer.named_modules() if type(m) in _TAPPED}
+    weights = {f"{name}.weight" for name, m in layer.named_modules() if isinstance(m, StoredLinear)}
     direct = {
         name: nn.Parameter(parameter.detach())
         for name, parameter in layer.named_parameters()
@@ -85,7 +85,7 @@ def view_gradient(
     }
     tapped, caught = with_parameters(layer, direct), Caught()
     for name, module in tapped.named_modules():
-        if type(module) in _TAPPED:
+        if isinstance(module, StoredLinear):
             module.forward = partial(_tapped, module, caught.setdefault(name, []))
     inputs = hidden.detach().clone().requires_grad_()
     output = run_layer(tapped, inputs, kwargs)
@@ -117,15 +117,8 @@ class _Product(torch.autograd.Function):
 
 
 def _tapped(linear: nn.Linear, calls: list[tuple[Tensor, Tensor]], inputs: Tensor) -> Tensor:
-    product: Tensor = _Product.apply(inputs, linear.weight, linear.bias, calls.append)  # type: ignore[no-untyped-call]
+    product: Tensor = _Product.apply(inputs, linear.weight, linear.bias, calls.append)
     return product
-
-
-def _kinds(kind: type) -> set[type]:
-    return {kind, *(each for below in kind.__subclasses__() for each in _kinds(below))}
-
-
-_TAPPED = _kinds(StoredLinear)
 
 
 def sizes(
@@ -253,7 +246,8 @@ def backward(
         def run(text: int) -> tuple[Sizes, ...]:
             views = []
             for window in (2 * text, 2 * text + 1):
-                hidden, above = inputs.get(window, device), gradients.get(window, device)
+                hidden = inputs.get(window, device)
+                above = gradients.get(window, device).clone()  # its place is written to below
                 views.append(view_gradient(layer, kwargs, hidden, above))
                 gradients.put(window, views[-1].hidden)
             found = measure(layer, views)

@@ -102,7 +102,9 @@ def prepare(folder: Path, config: Config, out: Path | None) -> Prepared:
         warnings=list(unused_depth_options(config)),
     )
     check_fits(memory, limit)
-    check_disk(plan, out, scratch)
+    if out is not None:
+        needed = plan.output_bytes + scratch - finished_bytes(out)
+        check_disk(out, needed, plan.disk_free)
     return Prepared(plan, opened, removal, method)
 
 
@@ -199,12 +201,12 @@ def check_fits(memory: dict[str, int], limit: int) -> None:
         )
 
 
-def check_disk(plan: Plan, out: Path | None, scratch: int) -> None:
-    needed = plan.output_bytes + scratch - (finished_bytes(out) if out is not None else 0)
-    if out is not None and needed > plan.disk_free:
+def check_disk(where: Path, needed: int, free: int) -> None:
+    """Raises `UsageError` where `needed` bytes are more than are free."""
+    if needed > free:
         raise UsageError(
-            f"output {out}: needs {needed} bytes on disk, {scratch} of them for hidden states, "
-            f"found {plan.disk_free} bytes free"
+            f"{where}: needs {needed} bytes on disk, files of hidden states included, found {free} "
+            "bytes free"
         )
 
 

@@ -27,6 +27,7 @@ from rsprune.config import Config
 from rsprune.depth.card import depth_card
 from rsprune.depth.cut import cut_config, new_names
 from rsprune.depth.fold import Fold, fold_spans, spans
+from rsprune.depth.picture import SCORES_NAME, removal_page
 from rsprune.depth.plan import Prepared, prepare, read_config_text
 from rsprune.depth.remove import choose
 from rsprune.depth.scores import Scoring
@@ -222,6 +223,8 @@ class DepthRun:
         card = output.folder / "README.md"
         source_card = card.read_text("utf-8", errors="replace") if card.exists() else None
         output.write_text("README.md", self.card(report, source_card, model))
+        if report.removals:
+            output.write_text(SCORES_NAME, removal_page(report))
         output.write_text("recipe.yaml", self.config.to_recipe())
         output.write_index()
         output.commit()

@@ -16,6 +16,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -196,7 +197,7 @@ def block_influence(walk: Walk, kept: list[int], ids: Tensor) -> Scores:
         source, target = stores
         with walk.layer(index) as layer:
             walk.advance(layer, kwargs[index], source, target)
-        cosines = walk.each(lambda w, s=source, t=target: _cosine(walk, s, t, w), range(len(ids)))
+        cosines = walk.each(partial(_cosine, walk, source, target), range(len(ids)))
         scores[index] = 1.0 - math.fsum(cosines) / len(cosines)
         stores.reverse()
     return scores

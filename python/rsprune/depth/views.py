@@ -105,7 +105,8 @@ def _texts_of(
     them; a short one is joined with the next.
     """
     needed = length + int(length * SPARE) + 1
-    documents, found, text = deque(shuffled(corpus, seed)), [], ""
+    documents, text = deque(shuffled(corpus, seed)), ""
+    found: list[tuple[str, list[int]]] = []
     while documents and len(found) < count:
         document = documents.popleft()
         cut = needed * CHARACTERS_PER_TOKEN

@@ -84,6 +84,10 @@ class Walk:
         """`work` for all windows, side by side; the results stand in order."""
         return list(self._workers.map(work, windows))
 
+    def alone(self, work: Callable[[], Result]) -> Result:
+        """`work` on one torch thread: the bits of a factorisation depend on their number."""
+        return self._workers.submit(work).result()
+
     def advance(
         self, layer: nn.Module, kwargs: dict[str, Any], source: Windows, target: Windows
     ) -> None:

@@ -21,7 +21,7 @@ from rsprune.depth.scores import METHODS
 from rsprune.errors import UsageError
 from rsprune.flexi.extend import check_extension, repeated
 from rsprune.memory import memory_limit
-from rsprune.output import free_bytes
+from rsprune.output import finished_bytes, free_bytes
 from rsprune.plan import Plan
 from rsprune.replaced_layers import linears_of
 from rsprune.unused import unused_flexigpt_options
@@ -44,8 +44,8 @@ def prepare(folder: Path, config: Config, out: Path | None) -> Prepared:
         check_extension(opened, config)
         again = repeated(layers, config.extend)
         kept = sorted([*kept, *again])
-    content, trusted = read_config_text(folder), config.trust_remote_code
-    cut_config(content, skeleton, kept, trust_remote_code=trusted)
+    trusted = config.trust_remote_code
+    cut_config(read_config_text(folder), skeleton, kept, trust_remote_code=trusted)
     memory = memory_of(opened, config, gradients=False, fold=True)
     memory |= _fitting_memory(opened, config)
     limit = config.memory or memory_limit()
@@ -67,11 +67,19 @@ def prepare(folder: Path, config: Config, out: Path | None) -> Prepared:
         warnings=list(unused_flexigpt_options(config)),
     )
     check_fits(memory, limit)
-    window = 4 * config.seq_len * skeleton.channels
-    scratch = scratch_bytes(opened, config, every=False) + most * 2
-    scratch += WINDOWS_IN_FILES * config.samples * window
-    check_disk(plan, out, 0 if config.extend else scratch)
+    if out is not None:
+        needed = plan.output_bytes + _scratch(opened, config, most) - finished_bytes(out)
+        check_disk(out, needed, plan.disk_free)
     return Prepared(plan, opened, removal, METHODS["flexigpt"])
+
+
+def _scratch(opened: Opened, config: Config, factors: int) -> int:
+    """Files beside the output: hidden states, and factors of layers that are compared."""
+    if config.extend:
+        return 0
+    window = 4 * config.seq_len * opened.skeleton.channels
+    states = scratch_bytes(opened, config, every=False)
+    return states + WINDOWS_IN_FILES * config.samples * window + 2 * factors
 
 
 def _removal(config: Config, layers: int) -> Removal:

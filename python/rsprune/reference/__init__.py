@@ -8,6 +8,7 @@ from rsprune.reference.admm import AdmmPoint, admm
 from rsprune.reference.certificate import quadratic_error, relative_error
 from rsprune.reference.fista import FistaPoint, fista
 from rsprune.reference.fista_plus import fista_plus
+from rsprune.reference.gradient import gradient_sizes, gradient_squares
 from rsprune.reference.local_search import local_search
 from rsprune.reference.lowrank import factors, pair_distance, reduced_rank, truncated_svd
 from rsprune.reference.pattern import Pattern
@@ -31,6 +32,8 @@ __all__ = [
     "factors",
     "fista",
     "fista_plus",
+    "gradient_sizes",
+    "gradient_squares",
     "local_search",
     "magnitude",
     "narrow",
