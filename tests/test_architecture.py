@@ -25,7 +25,7 @@ SOURCES = sorted(
 
 FOUNDATIONS = {"errors", "config", "memory", "pool", "timing", "windows", "blocks", "data"}
 FOUNDATIONS |= {"progress", "report", "stored", "experts", "scratch", "guard", "gguf_header"}
-FOUNDATIONS |= {"mixture", "replaced", "replaced_layers"}
+FOUNDATIONS |= {"mixture", "packing", "replaced", "replaced_layers", "transformers_hook"}
 MIDDLE = {
     "checkpoint",
     "output",
@@ -38,8 +38,9 @@ MIDDLE = {
 }
 MIDDLE |= {"sources", "inspect", "model_config", "head", "scoring", "eval_plan", "eval_journal"}
 MIDDLE |= {"evaluate", "eval_tasks", "harness", "permute", "tune", "resume"}
+MIDDLE |= {"packed_linear", "hf"}
 TOP = {"plan", "run", "demo", "verify", "tables", "card", "options", "cli", "estimate"}
-TOP |= {"layer_run", "allocate", "unused", "driver", "depth", "stages", "flexi"}
+TOP |= {"layer_run", "allocate", "unused", "driver", "depth", "stages", "flexi", "export"}
 
 
 def short(path: Path) -> str:
@@ -174,6 +175,7 @@ LOWER = {
     "kernels": {"error"},
     "par": {"error"},
     "pattern": {"error"},
+    "pack": {"error", "float", "pattern"},
     "linalg": {"disk", "error", "float", "kernels", "par"},
     "shard": {"disk", "error", "float"},
     "solve": {"error", "float", "kernels", "par", "pattern", "linalg"},

@@ -32,6 +32,7 @@ CASES: dict[str, dict[str, Any]] = {
     "tuned apart": {"method": "best", "budget": 1, **TUNE},
     "tuned": {"method": "wanda", "propagate": "model", "permute": True, **TUNE},
     "allocated": {"method": "sparsegpt", "pattern": "70%", "allocate": True},
+    "packed": {"method": "wanda", "propagate": "model", "permute": True, "format": "packed"},
     "experts": {"method": "sparsegpt", "permute": True, **EXPERTS},
     "experts dense": {"method": "fista", "iterations": 3, "permute": True, **EXPERTS},
 }

@@ -8,8 +8,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 __all__ = [
-    "MappedTensor",
     "PACK_VERSION",
+    "MappedTensor",
     "Pattern",
     "Regression",
     "Shard",
@@ -192,6 +192,7 @@ def unpack(
     start: int = 0,
     stop: int | None = None,
 ) -> NDArray[Any]: ...
+
 @final
 class Shard:
     def __new__(cls, path: Path) -> Shard: ...

@@ -22,8 +22,8 @@ __all__ = [
 LICENCE_KEYS = ("license", "license_name", "license_link")
 HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 
-NEEDED = """> **`import rsprune` first.** The pruned linears are packed; without that import transformers
-> fills them with random numbers and only warns. `pip install rsprune`
+NEEDED = """> **`import rsprune` first.** The pruned linears are packed; without that import
+> transformers fills them with random numbers and only warns. `pip install rsprune`
 """
 
 LOAD_PACKED = """## How to load it
@@ -36,8 +36,9 @@ model = AutoModelForCausalLM.from_pretrained("<this folder>", dtype="auto")
 tokenizer = AutoTokenizer.from_pretrained("<this folder>")
 ```
 
-`rsprune.load("<this folder>", dequantize=True)` gives an ordinary model, `rsprune export <this folder>
-OUT --dense` an ordinary checkpoint, both with exactly the weights that are packed here.
+`rsprune.load("<this folder>", dequantize=True)` gives an ordinary model and
+`rsprune export <this folder> OUT --dense` an ordinary checkpoint, both with exactly the weights
+that are packed here.
 """
 
 LOAD = """## How to load it

@@ -100,7 +100,7 @@ class Checkpoint:
             part_name = f"{linear_of(name)}.{part}"
             if (info := self.tensors.pop(part_name, None)) is None:
                 raise UsageError(
-                    f"{part_name}: expected for {packed.format} in config.json, found no such tensor"
+                    f"{part_name}: expected for {packed.format} in config.json, found none"
                 )
             if (info.dtype, info.shape) != (dtype, tuple(shape)):
                 found = f"found {info.dtype} {list(info.shape)}"
@@ -109,9 +109,7 @@ class Checkpoint:
                 )
             parts[part] = info
         file = next(iter(parts.values())).file
-        self.tensors[name] = TensorInfo(
-            name, file, packed.dtype, packed.shape, packed.dense_bytes
-        )
+        self.tensors[name] = TensorInfo(name, file, packed.dtype, packed.shape, packed.dense_bytes)
         return parts
 
     def stored_bytes(self, name: str) -> int:
@@ -214,9 +212,9 @@ class Checkpoint:
         """The tensors of a packed weight, as stored."""
         infos, read = self._parts[name], self._read_parts(name)
         return {
-            part: torch.from_numpy(raw).view(TORCH_DTYPES[infos[part].dtype]).view(
-                infos[part].shape
-            )
+            part: torch.from_numpy(raw)
+            .view(TORCH_DTYPES[infos[part].dtype])
+            .view(infos[part].shape)
             for part, raw in read.items()
         }
 

@@ -8,8 +8,8 @@ from typing import Protocol
 from rsprune import methods
 from rsprune.config import Config
 from rsprune.depth import plan as depth
-from rsprune.flexi import plan as flexi
 from rsprune.estimate import Stage, estimate
+from rsprune.flexi import plan as flexi
 from rsprune.memory import PeakWatch
 from rsprune.output import OutputFolder
 from rsprune.plan import Plan, prepare

@@ -2,7 +2,7 @@
 
 Registered are a configuration (the `quantization_config` section) and a quantizer, which swaps the
 packed linears of the empty model for `PackedLinear`. Their parameters carry the names on disk, so
-that transformers itself reads and writes them.
+that transformers itself reads and writes them. Fused experts are unfused for that.
 
 What could end in random weights is refused before: every part of every packed linear must be in the
 files with its type and shape, and every packed linear must be a linear of the model.
@@ -23,8 +23,10 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 from rsprune import _core
 from rsprune.checkpoint import TORCH_DTYPES, Checkpoint
 from rsprune.errors import RspruneError, UsageError
+from rsprune.experts import FUSED, ExpertLinear, unfuse
 from rsprune.packed_linear import PackedLinear
 from rsprune.packing import METHOD, PackedWeight, linear_of, packed_weights
+from rsprune.skeleton import decoder_layers, renamed
 
 
 def load(folder: str | Path, *, dequantize: bool = False, **options: Any) -> Any:
@@ -91,9 +93,13 @@ class RspruneQuantizer(HfQuantizer):  # type: ignore[misc]
         self, model: Any, checkpoint_files: Sequence[str] | None = None, **kwargs: Any
     ) -> None:
         config = self.quantization_config
-        self._checkpoint = _open(checkpoint_files, config.packed)
+        self._checkpoint = _open(checkpoint_files or _files_of(model), config.packed)
         _install_blocks(model, config.blocks, self._checkpoint)
         self._linears: dict[str, PackedLinear] = {}
+        fused = any(type(module).__name__ in FUSED for module in model.modules())
+        if fused and any(".experts." in name for name in config.packed):
+            prefix, layers = decoder_layers(model)
+            unfuse(layers, prefix)
         for name, packed in config.packed.items():
             module_name = _module_name(model, linear_of(name))
             linear = model.get_submodule(module_name)
@@ -105,6 +111,9 @@ class RspruneQuantizer(HfQuantizer):  # type: ignore[misc]
             replaced = PackedLinear(packed, linear.bias, config.compute)
             model.set_submodule(module_name, replaced)
             self._linears[name] = replaced
+        for name, module in model.named_modules():
+            if isinstance(module, ExpertLinear):
+                raise UsageError(f"{name}: expected all experts to be packed, or none")
 
     def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> Any:
         """Parts that transformers has cast with the rest of the model are read as they are."""
@@ -115,6 +124,8 @@ class RspruneQuantizer(HfQuantizer):  # type: ignore[misc]
             stored = {part: TORCH_DTYPES[dtype] for part, dtype, _ in linear.packed.layout}
             if any(value.dtype != stored[part] for part, value in loaded.items()):
                 linear.set_parts(self._checkpoint.parts(name))
+            for part in linear.parts.values():
+                part.requires_grad_(False)  # transformers gives a new parameter for what it loads
         del self._checkpoint
         return model
 
@@ -153,10 +164,22 @@ def _install_blocks(model: Any, blocks: Any, checkpoint: Checkpoint) -> None:
                 raise UsageError(f"{full}: expected by config.json, found no such tensor")
 
 
-def _open(files: Sequence[str] | None, packed: dict[str, PackedWeight]) -> Checkpoint:
+def _files_of(model: Any) -> list[str]:
+    """The files that transformers 4 loads, which it does not tell: by now they are all here."""
+    folder = Path(model.name_or_path)
+    if not folder.is_dir():
+        from transformers.utils import cached_file
+
+        revision = getattr(model.config, "_commit_hash", None)
+        config = cached_file(
+            model.name_or_path, "config.json", revision=revision, local_files_only=True
+        )
+        folder = Path(config).parent
+    return [str(folder / file) for file in sorted(set(_core.checkpoint_index(folder).values()))]
+
+
+def _open(files: Sequence[str], packed: dict[str, PackedWeight]) -> Checkpoint:
     """The files that the model is loaded from; refuses them where a part is missing."""
-    if not files:
-        raise UsageError("packed linears: expected files to load them from, found none")
     paths = [Path(file) for file in files]
     if any(path.suffix != ".safetensors" for path in paths):
         raise UsageError(f"{paths[0]}: expected packed linears in safetensors files")
@@ -179,8 +202,9 @@ def _module_name(model: Any, linear: str) -> str:
 
 
 def _forms(model: Any, name: str) -> Iterator[str]:
-    """`name` with and without the base model's prefix."""
+    """`name` as transformers 5 renames it, with and without the base model's prefix."""
     prefix = f"{model.base_model_prefix}."
+    name = linear_of(renamed(model, [f"{name}.weight"]).get(f"{name}.weight", name))
     yield name
     yield name.removeprefix(prefix)
     yield prefix + name
@@ -191,5 +215,6 @@ def _dense(packed: PackedLinear, dtype: torch.dtype) -> nn.Linear:
     has_bias = packed.bias is not None
     linear = nn.Linear(packed.in_features, packed.out_features, bias=has_bias, device="meta")
     linear.weight = nn.Parameter(packed.weight.to(dtype))
-    linear.bias = packed.bias
+    if packed.bias is not None:
+        linear.bias = packed.bias
     return linear.train(packed.training)

@@ -36,6 +36,8 @@ class PackedLinear(nn.Module):
         compute: a key of `COMPUTE`.
     """
 
+    bias: nn.Parameter | None
+
     def __init__(self, packed: PackedWeight, bias: nn.Parameter | None, compute: str) -> None:
         super().__init__()
         self.packed = packed
@@ -87,7 +89,7 @@ class PackedLinear(nn.Module):
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> PackedLinear:
         """What `.to`, `.half` and their kin do: parts move, but keep their types."""
-        stored = self.parts
+        stored = {part: value.detach() for part, value in self.parts.items()}
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         if any(self.get_parameter(part).dtype != value.dtype for part, value in stored.items()):
             self.set_parts(stored)

@@ -99,8 +99,11 @@ def smallest(
 def planned_bytes(dtype: str, shape: tuple[int, int], pattern: str, sparsity: float) -> int:
     """The most that a weight of this pattern takes when it is packed."""
     rows, columns = shape
-    stored = math.ceil(rows * columns * (1.0 - sparsity)) + rows  # a row rounds by itself
-    form = f"keep-of {pattern}" if ":" in pattern else f"bitmap {min(stored, rows * columns)}"
+    stored = max(  # zeros are counted over rows, or over the matrix
+        rows * (columns - math.floor(sparsity * columns + 0.5)),
+        rows * columns - math.floor(sparsity * rows * columns + 0.5),
+    )
+    form = f"keep-of {pattern}" if ":" in pattern else f"bitmap {stored}"
     packed = PackedWeight(form, dtype, shape)
     return min(packed.nbytes, packed.dense_bytes)
 
@@ -188,4 +191,6 @@ def check_parts(
 ) -> None:
     """Refuses parts that a method gives beside a weight and that are not that weight."""
     if not np.array_equal(packed.unpack(parts).view(np.uint8), weight.view(np.uint8)):
-        raise RspruneError(f"{name}: the packed form of the method ({packed.format}) has other bits")
+        raise RspruneError(
+            f"{name}: the packed form of the method ({packed.format}) has other bits"
+        )

@@ -77,7 +77,7 @@ class Skeleton:
         unfuse(self.layers, self.layer_prefix)
         keep_stored(self.layers)
         self._tied = _tied_names(self.model)
-        self._renamed = _renamed(self.model, checkpoint.tensors)
+        self._renamed = renamed(self.model, checkpoint.tensors)
         self._disk_names = {name: disk_name for disk_name, name in self._renamed.items()}
         if missing := self.missing():
             raise MissingTensorsError(missing, checkpoint.folder)
@@ -332,7 +332,7 @@ def decoder_layers(model: nn.Module) -> tuple[str, nn.ModuleList]:
     return longest
 
 
-def _renamed(model: nn.Module, disk_names: Iterable[str]) -> dict[str, str]:
+def renamed(model: nn.Module, disk_names: Iterable[str]) -> dict[str, str]:
     """On-disk name -> parameter name, where transformers 5 renames a tensor that it loads."""
     try:
         from transformers.conversion_mapping import get_model_conversion_mapping

@@ -78,15 +78,14 @@ def _significant(value: float | None) -> str:
 
 
 def _every_tensor(report: Report) -> Table:
-    table = new_table("tensor", "bits", "error", "held-out", "zeros", "pattern", "tokens", "time")
+    table = new_table("tensor", "bits", "error", "held-out", "zeros", "pattern", "tokens")
     table.caption = report.few_tokens
     for record in report.tensors:
         errors = _number(record.get("error")), _number(record.get("heldout_error"))
         zeros = f"{record.get('sparsity') or 0.0:.1%}"
-        seconds = duration(record.get("seconds"))
         pattern, tokens = str(record.get("pattern")), str(record.get("tokens", "-"))
         bits = _bits(record.get("true_bits"))
-        table.add_row(_name(record["name"]), bits, *errors, zeros, pattern, tokens, seconds)
+        table.add_row(_name(record["name"]), bits, *errors, zeros, pattern, tokens)
     return table
 
 
@@ -238,7 +237,7 @@ def _name(name: str) -> Text:
 
 
 def _bits(value: float | None) -> str:
-    return "-" if value is None else f"{value:.3f}"
+    return "-" if value is None else f"{value:.4g}"
 
 
 def _number(value: float | None) -> str:

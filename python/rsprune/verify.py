@@ -155,7 +155,9 @@ def _files(report: Report) -> Iterator[Problem]:
 
 def _tensors(report: Report, checkpoint: Checkpoint | None) -> Iterator[Problem]:
     """Every tensor that the report says was pruned, one in memory at a time."""
-    for record in report.tensors if checkpoint else ():
+    if checkpoint is None:
+        return
+    for record in report.tensors:
         name, packed = record["name"], checkpoint.packed.get(record["name"])
         expected, found = record.get("format") or DENSE, packed.format if packed else DENSE
         if name in checkpoint.tensors and expected == found:
