@@ -15,7 +15,8 @@ from tiny_models import ordinary, tensors_of, token_ids
 
 from rsprune import Config, compress, load_report, perplexity, reference
 from rsprune.data import load_texts
-from rsprune.errors import UsageError
+from rsprune.driver import estimated_plan
+from rsprune.errors import DoesNotFitError, UsageError
 from rsprune.flexi.card import stand_ins
 from rsprune.flexi.choose import choose
 from rsprune.flexi.plan import per_rank
@@ -275,6 +276,21 @@ def test_refusals_come_before_any_work(
     with pytest.raises(UsageError, match=expected):
         compress(deep("llama"), tmp_path / "out", config)
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("options", [{}, {"recover": True}, {"remove": None, "extend": 2}])
+def test_plans_are_made_from_shapes(
+    options: dict[str, Any], deep: Callable[[str], Path], documents: Path, tmp_path: Path
+) -> None:
+    config = Config(calibration=str(documents), **{**OPTIONS, **options})
+    plan, stages = estimated_plan(deep("llama"), config, tmp_path / "out")
+    assert plan.layers == 6
+    assert plan.peak_bytes == sum(size for _, size in plan.memory)
+    assert {"read and check", "write"} <= {stage.name for stage in stages}
+    assert not (tmp_path / "out").exists()
+    small = Config(calibration=str(documents), **{**OPTIONS, **options, "memory": 2**20})
+    with pytest.raises(DoesNotFitError, match="memory 1 MiB: too small for this plan"):
+        estimated_plan(deep("llama"), small, tmp_path / "out")
 
 
 def test_experts_are_refused_by_name(

@@ -279,6 +279,17 @@ def test_training_lowers_the_loss_and_goes_on_after_a_stop(
     assert all(any(name.startswith(p) for p in replaced_layers) for name in changed)
 
 
+@pytest.mark.parametrize(
+    ("options", "expected"),
+    [({"steps": 0}, "option steps: expected at least 1, found 0"),
+     ({"seq_len": 1}, "option seq_len: expected at least 2, found 1"),
+     ({"rate": -1.0}, "option rate: expected a positive number, found -1.0")],
+)  # fmt: skip
+def test_options_of_training_are_checked(options: dict[str, Any], expected: str) -> None:
+    with pytest.raises(UsageError, match=expected):
+        Training(**options)
+
+
 def test_training_needs_something_to_train(deep: Deep, text: Path, tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="expected replaced layers to train, found none"):
         train(deep("llama"), tmp_path / "out", text)

@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 import typer
 
 from rsprune.options import Device, Threads, config_of, configs_of, takes_options
+from rsprune.train_command import train
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
@@ -347,39 +348,6 @@ def export(
 
 
 @app.command()
-def train(
-    folder: Folder,
-    out: Annotated[Path, Argument(help="Folder of the result.")],
-    *,
-    text: Annotated[Path, Option(help="Text to train on.")],
-    steps: Annotated[int | None, Option(help="Steps of Adam [200].")] = None,
-    seq_len: Annotated[int | None, Option(help="Tokens of a window [512].")] = None,
-    batch: Annotated[int | None, Option(help="Windows a step [1].")] = None,
-    rate: Annotated[float | None, Option(help="Largest step size [3e-4].")] = None,
-    seed: Annotated[int | None, Option(help="Seed of the order of windows.")] = None,
-    threads: Threads = None,
-    overwrite: Annotated[
-        bool, Option("--overwrite", help="OUT may exist and is replaced.")
-    ] = False,
-    json: Json = False,
-    quiet: Quiet = False,
-) -> None:
-    """Train adapters, gains and maps of replaced layers; the same command goes on after a kill."""
-    from rsprune.flexi.train import Training
-    from rsprune.flexi.train import train as run_training
-
-    given = {"steps": steps, "seq_len": seq_len, "batch": batch, "rate": rate, "seed": seed,
-             "threads": threads}  # fmt: skip
-    options = Training(**{name: value for name, value in given.items() if value is not None})
-    with _exit_if_it_does_not_fit(), _progress(json, quiet) as progress:
-        found = run_training(folder, out, text, options, overwrite=overwrite, progress=progress)
-    if json:
-        _emit(folder=out, **found)
-    elif not quiet:
-        print(f"{out}: loss {found['loss_first']:.4f} -> {found['loss_last']:.4f}")
-
-
-@app.command()
 def verify(out: Folder, *, json: Json = False) -> None:
     """Check a folder against its report."""
     from rsprune.verify import verify as problems_of
@@ -393,6 +361,9 @@ def verify(out: Folder, *, json: Json = False) -> None:
         print(f"{out}: {len(problems)} problems" if problems else f"{out}: all is well")
     if problems:
         raise typer.Exit(1)
+
+
+app.command()(train)
 
 
 def main() -> NoReturn:

@@ -157,10 +157,12 @@ def _install_blocks(model: Any, blocks: Any, checkpoint: Checkpoint) -> None:
         install(layers, parsed, tied=False)
     except ValueError as error:
         raise UsageError(f"config.json: quantization_config: {error}") from None
+    renames, base = renamed(model, checkpoint.tensors), f"{model.base_model_prefix}."
+    known = {renames.get(name, name) for name in checkpoint.tensors}
     for index in parsed:
         for name, _ in layers[index].named_parameters():
             full = f"{prefix}.{index}.{name}"
-            if not any(form in checkpoint.tensors for form in _forms(model, full)):
+            if not known & {full, full.removeprefix(base), base + full}:
                 raise UsageError(f"{full}: expected by config.json, found no such tensor")
 
 

@@ -64,6 +64,13 @@ class Training:
     seed: int = 0
     threads: int | None = None
 
+    def __post_init__(self) -> None:
+        for name, least in {"steps": 1, "seq_len": 2, "batch": 1}.items():
+            if (found := getattr(self, name)) < least:
+                raise UsageError(f"option {name}: expected at least {least}, found {found}")
+        if not 0.0 < self.rate < math.inf:
+            raise UsageError(f"option rate: expected a positive number, found {self.rate}")
+
 
 def train(
     folder: str | Path,
