@@ -25,10 +25,8 @@ SOURCES = sorted(
 
 FOUNDATIONS = {"errors", "config", "memory", "pool", "timing", "windows", "blocks", "data"}
 FOUNDATIONS |= {"progress", "report", "stored", "experts", "scratch", "guard", "gguf_header"}
-FOUNDATIONS |= {"packing", "transformers_hook"}
-FOUNDATIONS |= {"clip"}
+FOUNDATIONS |= {"packing", "transformers_hook", "clip", "mixture", "replaced", "replaced_layers"}
 FOUNDATIONS |= {"gguf_types", "gguf_models", "gguf_pieces", "gguf_tokenizer"}
-FOUNDATIONS |= {"mixture"}
 MIDDLE = {
     "checkpoint",
     "output",
@@ -44,7 +42,7 @@ MIDDLE |= {"evaluate", "eval_tasks", "harness", "permute", "tune", "resume", "gg
 MIDDLE |= {"packed_linear", "hf"}
 TOP = {"plan", "run", "demo", "verify", "tables", "card", "options", "cli", "estimate"}
 TOP |= {"layer_run", "survey", "allocate", "codes", "budget", "unused", "export"}
-TOP |= {"gguf_export", "driver", "depth", "stages"}
+TOP |= {"gguf_export", "driver", "depth", "stages", "flexi", "train_command"}
 
 
 def short(path: Path) -> str:
@@ -185,6 +183,7 @@ LOWER = {
     "packed": {"error", "float", "kernels", "linalg", "pack", "par"},
     "solve": {"error", "float", "kernels", "par", "pattern", "linalg"},
     "binarize": {"error", "float", "kernels", "par", "pattern", "linalg", "pack", "solve"},
+    "lowrank": {"error", "float", "kernels", "par", "linalg"},
 }
 """Module of the core -> what it may use."""
 

@@ -12,6 +12,7 @@ __all__ = [
     "MappedTensor",
     "PackedMatrix",
     "Pattern",
+    "Regression",
     "Shard",
     "ShardWriter",
     "Statistics",
@@ -34,12 +35,14 @@ __all__ = [
     "pack",
     "pack_format",
     "pack_layout",
+    "pair_distance",
     "pbs2p",
     "pbs2p_exact",
     "plan_shard",
     "polish",
     "signs_bits",
     "sparsegpt",
+    "truncated_svd",
     "unpack",
     "wanda",
     "write_file",
@@ -158,6 +161,40 @@ def signs_bits(pattern: Pattern, columns: int) -> float: ...
 def group_channels(
     operator: _Operator, *, segment: int, repeats: int, threads: int | None = None
 ) -> NDArray[np.int64]: ...
+
+_Triples = tuple[NDArray[np.float32], NDArray[np.float64], NDArray[np.float32]]
+
+def truncated_svd(
+    weight: NDArray[Any], dtype: str, *, rank: int, seed: int = 0, threads: int | None = None
+) -> _Triples: ...
+def pair_distance(
+    one: _Triples, other: _Triples, *, rank: int, threads: int | None = None
+) -> float: ...
+
+@final
+class Regression:
+    def __new__(cls, inputs: int, outputs: int) -> Regression: ...
+    def add(
+        self,
+        x: NDArray[np.float32],
+        targets: NDArray[np.float32] | None = None,
+        *,
+        threads: int | None = None,
+    ) -> None: ...
+    @property
+    def tokens(self) -> int: ...
+    def fit(
+        self,
+        heldout: Regression | None,
+        *,
+        rank: int | None,
+        dampings: Sequence[float],
+        threads: int | None = None,
+    ) -> tuple[NDArray[np.float32] | None, NDArray[np.float32], dict[str, Any]]: ...
+    def factors(
+        self, weight: NDArray[Any], dtype: str, *, rank: int, threads: int | None = None
+    ) -> tuple[NDArray[np.float32], NDArray[np.float32]]: ...
+
 def pack_format(weight: NDArray[Any], dtype: str, pattern: Pattern) -> str: ...
 def pack_layout(
     format: str, dtype: str, shape: tuple[int, int]

@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 import typer
 
 from rsprune.options import Device, Threads, config_of, configs_of, takes_options
+from rsprune.train_command import train
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
@@ -384,6 +385,9 @@ def verify(out: Folder, *, json: Json = False) -> None:
         print(f"{out}: {len(problems)} problems" if problems else f"{out}: all is well")
     if problems:
         raise typer.Exit(1)
+
+
+app.command()(train)
 
 
 def main() -> NoReturn:

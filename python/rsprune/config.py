@@ -105,6 +105,20 @@ class Config(BaseModel):
     text_tokens: int = Field(default=256, ge=8)
     """Depth pruning: tokens of such a text."""
 
+    rank: int = Field(default=64, ge=1, le=2**16)
+    """FlexiGPT: rank of adapters, factors and maps."""
+    replace: tuple[Literal["fold", "map", "shared", "own", "svd"], ...] = (
+        "fold", "map", "shared", "own", "svd",
+    )  # fmt: skip
+    """FlexiGPT: what may stand in for a removed layer."""
+    flexigpt_mode: Literal["default", "faithful"] = "default"
+    """FlexiGPT: the best stand-in by what it gains a byte, or the published one."""
+    recover: bool = False
+    """FlexiGPT: whether stand-ins are then fitted to the dense outputs by Adam; the options of the
+    tuning hold for it."""
+    extend: int = Field(default=0, ge=0)
+    """FlexiGPT: how many layers are repeated, for training, instead of any being removed."""
+
     tune_block: bool = False
     """Whether a layer's kept weights and norms are then fitted to the dense layer's output."""
     tune_steps: int = Field(default=128, ge=1)
@@ -132,6 +146,11 @@ class Config(BaseModel):
     @classmethod
     def _tuple(cls, value: Any) -> Any:
         return () if value is None else (value,) if isinstance(value, str) else value
+
+    @field_validator("replace", mode="before")
+    @classmethod
+    def _names(cls, value: Any) -> Any:
+        return tuple(value.split(",")) if isinstance(value, str) else value
 
     @field_validator("remove", mode="before")
     @classmethod

@@ -9,6 +9,7 @@ from rsprune import methods
 from rsprune.config import Config
 from rsprune.depth import plan as depth
 from rsprune.estimate import Stage, estimate
+from rsprune.flexi import plan as flexi
 from rsprune.memory import PeakWatch
 from rsprune.output import OutputFolder
 from rsprune.plan import Plan, prepare
@@ -53,7 +54,7 @@ def make_plan(model: str | Path, config: Config, out: Path | None = None) -> Pla
     """
     folder = resolve(str(model))
     if methods.removes_layers(config.method):
-        return depth.prepare(folder, config, out).plan
+        return _depth_plan(folder, config, out).plan
     return prepare(folder, config, out).plan
 
 
@@ -63,5 +64,10 @@ def estimated_plan(
     """`make_plan`, and how long every stage will take on this machine as it is now."""
     folder = resolve(str(model))
     if methods.removes_layers(config.method):
-        return depth.estimate(depth.prepare(folder, config, out), config)
+        return depth.estimate(_depth_plan(folder, config, out), config)
     return estimate(prepare(folder, config, out), config)
+
+
+def _depth_plan(folder: Path, config: Config, out: Path | None) -> depth.Prepared:
+    planner = flexi.prepare if config.method == "flexigpt" else depth.prepare
+    return planner(folder, config, out)

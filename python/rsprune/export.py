@@ -1,4 +1,7 @@
-"""A packed folder written as something else: an ordinary dense checkpoint."""
+"""A packed folder written as something else: an ordinary dense checkpoint.
+
+Folders with replaced layers go through `rsprune.flexi.dense`.
+"""
 
 from __future__ import annotations
 
@@ -9,6 +12,7 @@ from rsprune.checkpoint import Checkpoint
 from rsprune.errors import UsageError
 from rsprune.output import OutputFolder, check_output, free_bytes
 from rsprune.progress import NullProgress, Progress
+from rsprune.replaced import says_blocks
 from rsprune.report import DENSE, REPORT_NAME, Journal, Report, load_report
 
 
@@ -34,6 +38,11 @@ def export_dense(
         RspruneError: a packed weight is broken, or a file cannot be read or written.
     """
     folder, out = Path(folder), Path(out)
+    if says_blocks(folder):
+        from rsprune.flexi.dense import export_expanded
+
+        export_expanded(folder, out, overwrite=overwrite, progress=progress)
+        return
     check_output(out, folder, overwrite=overwrite)
     checkpoint = Checkpoint.open(folder)
     if not checkpoint.packed:

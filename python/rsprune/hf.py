@@ -64,6 +64,7 @@ class RspruneConfig(QuantizationConfigMixin):  # type: ignore[misc]
             self._packed = packed_weights(settings)
         except ValueError as error:
             raise UsageError(f"config.json: quantization_config: {error}") from None
+        self.blocks: Any = settings.pop("blocks", {})
         self.__dict__.update(settings)
 
     @property
@@ -73,7 +74,10 @@ class RspruneConfig(QuantizationConfigMixin):  # type: ignore[misc]
 
     def to_dict(self) -> dict[str, Any]:
         """The section as config.json holds it."""
-        return {key: value for key, value in self.__dict__.items() if not key.startswith("_")}
+        shown = {key: value for key, value in self.__dict__.items() if not key.startswith("_")}
+        if not self.blocks:
+            del shown["blocks"]
+        return shown
 
 
 @register_quantizer(METHOD)
@@ -90,6 +94,7 @@ class RspruneQuantizer(HfQuantizer):  # type: ignore[misc]
     ) -> None:
         config = self.quantization_config
         self._checkpoint = _open(checkpoint_files or _files_of(model), config.packed)
+        _install_blocks(model, config.blocks, self._checkpoint)
         self._linears: dict[str, PackedLinear] = {}
         fused = any(type(module).__name__ in FUSED for module in model.modules())
         if fused and any(".experts." in name for name in config.packed):
@@ -136,8 +141,29 @@ class RspruneQuantizer(HfQuantizer):  # type: ignore[misc]
 
     @property
     def is_trainable(self) -> bool:
-        """Packed linears have no gradients."""
-        return False
+        """Packed linears have no gradients; adapters of shared layers do."""
+        return not self.quantization_config.packed
+
+
+def _install_blocks(model: Any, blocks: Any, checkpoint: Checkpoint) -> None:
+    """Makes the layers of an empty model what `quantization_config` says; see `rsprune.flexi`."""
+    from rsprune.replaced import parse_blocks
+    from rsprune.replaced_layers import install
+    from rsprune.skeleton import decoder_layers
+
+    prefix, layers = decoder_layers(model)
+    try:
+        parsed = parse_blocks(blocks, len(layers))
+        install(layers, parsed, tied=False)
+    except ValueError as error:
+        raise UsageError(f"config.json: quantization_config: {error}") from None
+    renames, base = renamed(model, checkpoint.tensors), f"{model.base_model_prefix}."
+    known = {renames.get(name, name) for name in checkpoint.tensors}
+    for index in parsed:
+        for name, _ in layers[index].named_parameters():
+            full = f"{prefix}.{index}.{name}"
+            if not known & {full, full.removeprefix(base), base + full}:
+                raise UsageError(f"{full}: expected by config.json, found no such tensor")
 
 
 def _files_of(model: Any) -> list[str]:

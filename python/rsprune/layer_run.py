@@ -212,7 +212,7 @@ class LayerRun:
         packed = self._packed()
         parts = {name: given.parts for name, given in self.given.items() if name in packed}
         checkpoint = self.prepared.checkpoint
-        record = output.put_shard(file, checkpoint, names, self.changed, packed, parts)
+        record = output.put_shard(file, checkpoint, names, self.changed, packed=packed, parts=parts)
         for name, facts in self.records.items():
             form = packed.get(name)
             stored = self.changed[name].nbytes if form is None else form.nbytes

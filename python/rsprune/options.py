@@ -30,7 +30,8 @@ def run_options(
         Text,
         Option(
             help="best, admm, fista-plus, fista, sparsegpt, wanda, magnitude; pbs2p-exact, pbs2p, "
-            "billm, arb, gptq; whole layers: pip, bi, taylor, perplexity, perplexity-greedy, random."
+            "billm, arb, gptq; whole layers: flexigpt, pip, bi, taylor, perplexity, "
+            "perplexity-greedy, random."
         ),
     ] = None,
     pattern: Annotated[Text, Option(help="keep:of (2:4, 4:8, ...) or a sparsity (50%).")] = None,
@@ -87,6 +88,17 @@ def run_options(
     edit_rate: Annotated[Fraction, Option(help="PIP: share of words that are edited.")] = None,
     texts: Annotated[Number, Option(help="Depth: texts that score the layers.")] = None,
     text_tokens: Annotated[Number, Option(help="Depth: tokens of such a text.")] = None,
+    rank: Annotated[Number, Option(help="FlexiGPT: of adapters, factors and maps.")] = None,
+    replace: Annotated[
+        Text, Option(help="FlexiGPT: what may stand in: fold,map,shared,own,svd.")
+    ] = None,
+    flexigpt_mode: Annotated[Text, Option(help="FlexiGPT: default or faithful.")] = None,
+    recover: Annotated[
+        bool | None, Option(help="FlexiGPT: fit stand-ins to the dense outputs by Adam.")
+    ] = None,
+    extend: Annotated[
+        Number, Option(help="FlexiGPT: layers to repeat, for training, instead of removing any.")
+    ] = None,
     tune_block: Annotated[
         bool | None, Option(help="Fit kept weights to the dense layer's output.")
     ] = None,

@@ -22,10 +22,11 @@ from types import MappingProxyType
 from typing import Any
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 
 from rsprune import _core
-from rsprune.checkpoint import Checkpoint, named_errors, sha256
+from rsprune.checkpoint import Checkpoint, as_stored, named_errors, sha256
 from rsprune.errors import RspruneError, UsageError
 from rsprune.packing import PackedWeight, linear_of, with_settings
 
@@ -35,6 +36,9 @@ WEIGHT_FILES = ("*.safetensors", "*.safetensors.index.json", "*.bin", "*.bin.ind
 
 OWN_FILES = ("rsprune-report.jsonl", "rsprune-scores.html", "recipe.yaml")
 """What a run writes about itself: never copied to the output of the next."""
+
+
+NOTHING: Mapping[str, Any] = MappingProxyType({})
 
 
 class OutputFolder:
@@ -110,19 +114,19 @@ class OutputFolder:
         file: str,
         source: Checkpoint,
         names: list[str],
-        packed: Mapping[str, PackedWeight] = MappingProxyType({}),
-        renamed: Mapping[str, str] = MappingProxyType({}),
+        renamed: Mapping[str, str] = NOTHING,
+        packed: Mapping[str, PackedWeight] = NOTHING,
     ) -> None:
         """Counts a shard in that is finished; arguments as in `put_shard`."""
         for name in names:
-            info, called = source.tensors[name], renamed.get(name, name)
+            info = source.tensors[name]
             if (form := packed.get(name)) is None:
-                self._files[called] = file
+                self._files[renamed.get(name, name)] = file
                 self.total_bytes += info.nbytes
             else:
-                self._files |= {f"{linear_of(called)}.{part}": file for part, _, _ in form.layout}
+                self._files |= {f"{linear_of(name)}.{part}": file for part, _, _ in form.layout}
                 self.total_bytes += form.nbytes
-                self.packed[called] = form
+                self.packed[name] = form
             self.total_parameters += math.prod(info.shape)
 
     def put_shard(
@@ -131,45 +135,92 @@ class OutputFolder:
         source: Checkpoint,
         names: list[str],
         changed: Mapping[str, NDArray[Any]],
-        packed: Mapping[str, PackedWeight] = MappingProxyType({}),
-        parts: Mapping[str, dict[str, NDArray[Any]]] = MappingProxyType({}),
-        renamed: Mapping[str, str] = MappingProxyType({}),
+        renamed: Mapping[str, str] = NOTHING,
+        packed: Mapping[str, PackedWeight] = NOTHING,
+        parts: Mapping[str, dict[str, NDArray[Any]]] = NOTHING,
     ) -> dict[str, Any]:
         """Writes one shard: `changed` tensors as given, the others copied from `source`.
 
         Args:
             file: its name.
             source: where the tensors are described, and lie unless they have changed.
-            names: the tensors of the shard, as `source` calls them; so do the other arguments.
-            changed: tensors as they are stored (or would be, if they were not packed).
-            packed: which of these are packed, and how.
+            names: the tensors, as `source` calls them.
+            changed: new values, by the same names, as they are stored (or would be, if they were
+                not packed).
+            renamed: what those are called in the shard that have another name there; for tensors
+                that are not packed.
+            packed: which of them are packed, and how.
             parts: what packed ones consist of, where that is known already.
-            renamed: what those are called in the shard that have another name there.
 
         Returns:
             file, bytes and sha256 of what is on disk.
         """
-        called = {name: renamed.get(name, name) for name in names}
         plan = []
-        for name in names:
-            if (form := packed.get(name)) is None:
-                info = source.tensors[name]
-                plan.append((called[name], info.dtype, list(info.shape)))
+        for info in (source.tensors[name] for name in names):
+            if (form := packed.get(info.name)) is None:
+                plan.append((renamed.get(info.name, info.name), info.dtype, list(info.shape)))
             else:
-                prefix = linear_of(called[name])
+                prefix = linear_of(info.name)
                 plan += [(f"{prefix}.{part}", dtype, shape) for part, dtype, shape in form.layout]
         with named_errors():
             writer = _core.ShardWriter(self.folder / file, plan, {"format": "pt"})
             for name in names:
+                called = renamed.get(name, name)
                 if (form := packed.get(name)) is not None:
                     for part, value in (parts.get(name) or form.pack(changed[name])).items():
-                        writer.put(f"{linear_of(called[name])}.{part}", _bytes(value))
+                        writer.put(f"{linear_of(name)}.{part}", _bytes(value))
                 elif name in changed:
-                    writer.put(called[name], _bytes(changed[name]))
+                    writer.put(called, _bytes(changed[name]))
                 else:
-                    source.copy_into(writer, name, called[name])
+                    source.copy_into(writer, name, called)
             writer.finish()
-        self.keep_shard(file, source, names, packed, renamed)
+        self.keep_shard(file, source, names, renamed, packed)
+        path = self.folder / file
+        return {"file": file, "bytes": path.stat().st_size, "sha256": sha256(path)}
+
+    def keep_tensors(
+        self,
+        file: str,
+        source: Checkpoint,
+        copied: Mapping[str, str],
+        new: Mapping[str, tuple[str, torch.Tensor]],
+    ) -> None:
+        """Counts a shard in that an earlier run has finished; arguments as in `put_tensors`."""
+        self.keep_shard(file, source, list(copied), copied)
+        for name, (_, value) in new.items():
+            self._files[name] = file
+            self.total_bytes += value.nbytes
+            self.total_parameters += value.numel()
+
+    def put_tensors(
+        self,
+        file: str,
+        source: Checkpoint,
+        copied: Mapping[str, str],
+        new: Mapping[str, tuple[str, torch.Tensor]],
+    ) -> dict[str, Any]:
+        """Writes one shard with tensors that no checkpoint has.
+
+        Args:
+            file: its name.
+            source: where copied tensors come from.
+            copied: what `source` calls a tensor -> what the shard calls it.
+            new: what the shard calls a tensor -> its dtype on disk and its value.
+
+        Returns:
+            file, bytes and sha256 of what is on disk.
+        """
+        infos = [source.tensors[name] for name in copied]
+        plan = [(copied[info.name], info.dtype, list(info.shape)) for info in infos]
+        plan += [(name, dtype, list(value.shape)) for name, (dtype, value) in new.items()]
+        with named_errors():
+            writer = _core.ShardWriter(self.folder / file, plan, {"format": "pt"})
+            for name, called in copied.items():
+                source.copy_into(writer, name, called)
+            for name, (_, value) in new.items():
+                writer.put(name, _bytes(as_stored(value, value.dtype)))
+            writer.finish()
+        self.keep_tensors(file, source, copied, new)
         path = self.folder / file
         return {"file": file, "bytes": path.stat().st_size, "sha256": sha256(path)}
 

@@ -98,6 +98,7 @@ def prepare(folder: Path, config: Config, out: Path | None) -> Prepared:
     skeleton = Skeleton(
         checkpoint, device=config.device, trust_remote_code=config.trust_remote_code
     )
+    skeleton.refuse_replaced()
     stream = Stream(skeleton)
     opening = stream.open(config.seq_len)
     operators, ignored = _operators(skeleton, opening, config, pattern)

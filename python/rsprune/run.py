@@ -105,6 +105,10 @@ def compress(
 
 def driver(method: str) -> type[Driver]:
     """What runs a method; raises `UsageError` for a method that nobody knows."""
+    if method == "flexigpt":
+        from rsprune.flexi.run import FlexiRun
+
+        return FlexiRun
     if methods.removes_layers(method):
         from rsprune.depth.run import DepthRun
 
@@ -272,7 +276,9 @@ class _LayerwiseRun:
         scratch = self._scratch(output, job)
         packed = packed_in(self._done("tensor"), index)
         replay(job, output.folder / record["file"], packed, names, record, scratch)
-        output.keep_shard(record["file"], self.prepared.checkpoint, self._names(index), packed)
+        output.keep_shard(
+            record["file"], self.prepared.checkpoint, self._names(index), packed=packed
+        )
         dense, own = job.advance()
         skeleton.drop_layer(index)
         give_freed_pages_back()

@@ -24,6 +24,8 @@ from rsprune.experts import ExpertLinear, Experts, unfuse
 from rsprune.guard import refusing, refusing_panics
 from rsprune.model_config import check_model, parameters_registered_by, read_config
 from rsprune.pool import TensorPool
+from rsprune.replaced import read_blocks
+from rsprune.replaced_layers import install
 from rsprune.stored import StoredLinear, keep_stored
 
 if TYPE_CHECKING:
@@ -69,6 +71,9 @@ class Skeleton:
                 if buffer is not None:
                     buffered._buffers[name] = buffer.to(self.device)
         self.layer_prefix, self.layers = decoder_layers(self.model)
+        self.blocks = read_blocks(checkpoint.folder, len(self.layers))
+        with refusing(f"{checkpoint.folder}: config.json"):
+            install(self.layers, self.blocks, tied=True)
         unfuse(self.layers, self.layer_prefix)
         keep_stored(self.layers)
         self._tied = _tied_names(self.model)
@@ -77,6 +82,15 @@ class Skeleton:
         if missing := self.missing():
             raise MissingTensorsError(missing, checkpoint.folder)
         self._check_tensors()
+
+    def refuse_replaced(self) -> None:
+        """Raises `UsageError` where layers share weights: they are no layers to compress again."""
+        if self.blocks:
+            names = ", ".join(map(str, sorted(self.blocks)))
+            raise UsageError(
+                f"{self.checkpoint.folder}: has layers that are replaced ({names}); expected "
+                "ordinary ones, as of rsprune export --dense"
+            )
 
     def _check_tensors(self) -> None:
         """Refuses tensors that are not what the parameters of the model are, and broken buffers."""
@@ -139,6 +153,17 @@ class Skeleton:
     def view(self, name: str) -> Tensor:
         """Parameter `name` as it is stored, in the memory of its shard."""
         return self.checkpoint.view(self._info(name).name)
+
+    def stored(self, name: str) -> Tensor:
+        """Parameter `name` as it is stored, in memory of its own."""
+        info = self._info(name)
+        tensor = torch.empty(info.shape, dtype=TORCH_DTYPES[info.dtype])
+        self.checkpoint.copy_to(info.name, tensor)
+        return tensor
+
+    def stored_dtype(self, name: str) -> torch.dtype:
+        """The type that parameter `name` has on disk."""
+        return TORCH_DTYPES[self._info(name).dtype]
 
     def _info(self, name: str) -> TensorInfo:
         """What the disk says of parameter `name`, its shape checked."""

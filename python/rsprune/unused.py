@@ -21,6 +21,8 @@ METHODS = {
 """Option -> the methods that read it."""
 
 DEPTH = ("remove", "protect", "fold", "pip_norm", "edit_rate", "texts", "text_tokens")
+FLEXIGPT = ("rank", "replace", "flexigpt_mode", "recover", "extend")
+TUNING = ("tune_steps", "tune_rate", "tune_batch")
 """Options of methods that remove layers."""
 
 SHARED = ("method", "calibration", "calibration_field", "seed", "memory", "device", "threads",
@@ -55,6 +57,7 @@ def unused_options(config: Config, inputs: Inputs) -> Iterator[str]:
     if not config.calibration:
         idle["calibration_field"] = "needs a calibration file"
     idle |= dict.fromkeys(DEPTH, f"is for methods that remove layers, not for {config.method}")
+    idle |= dict.fromkeys(FLEXIGPT, f"is read by flexigpt, not by {config.method}")
     yield from _idle(config, idle)
 
 
@@ -69,6 +72,28 @@ def unused_depth_options(config: Config) -> Iterator[str]:
         idle |= dict.fromkeys(("pip_norm", "edit_rate"), f"is read by pip, not by {config.method}")
     if not config.fold:
         idle |= dict.fromkeys(FOLD, "needs fold")
+    if not config.calibration:
+        idle["calibration_field"] = "needs a calibration file"
+    yield from _idle(config, idle)
+
+
+def unused_flexigpt_options(config: Config) -> Iterator[str]:
+    """The same for `flexigpt`."""
+    read = (*DEPTH, *SHARED, *FOLD, *FLEXIGPT, *TUNING)
+    idle = {
+        name: "is for methods that prune weights, not for flexigpt"
+        for name in Config.model_fields
+        if name not in read
+    }
+    idle |= dict.fromkeys(("pip_norm", "edit_rate"), "is read by pip, not by flexigpt")
+    idle["fold"] = "is for methods that only remove; flexigpt has the option replace"
+    if not config.recover:
+        idle |= dict.fromkeys(TUNING, "needs recover")
+    if config.flexigpt_mode == "faithful":
+        idle |= dict.fromkeys(("replace", "recover"), "is not for flexigpt_mode faithful")
+    if config.extend:
+        scoring = ("replace", "recover", "flexigpt_mode", "protect", "texts", "text_tokens", *FOLD)
+        idle |= dict.fromkeys(scoring, "is not for extend")
     if not config.calibration:
         idle["calibration_field"] = "needs a calibration file"
     yield from _idle(config, idle)

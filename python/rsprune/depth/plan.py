@@ -48,6 +48,7 @@ class Opened:
         skeleton = Skeleton(
             checkpoint, device=config.device, trust_remote_code=config.trust_remote_code
         )
+        skeleton.refuse_replaced()
         stream = Stream(skeleton)
         return cls(checkpoint, skeleton, stream, stream.open(tokens))
 
@@ -84,7 +85,7 @@ def prepare(folder: Path, config: Config, out: Path | None) -> Prepared:
     memory = memory_of(opened, config, gradients=method.gradients, fold=config.fold)
     limit = config.memory or memory_limit()
     scratch = scratch_bytes(opened, config, every=method.iterated or method.gradients)
-    gone = max(_layer_bytes(opened)) * removal.count
+    gone = max(layer_bytes(opened)) * removal.count
     plan = Plan(
         model=folder,
         architecture=type(skeleton.model).__name__,
@@ -170,7 +171,7 @@ def _fold_bytes(opened: Opened) -> int:
     return 2 * 4 * 3 * square + 8 * 6 * square + 2 * 8 * opened.skeleton.channels * width
 
 
-def _layer_bytes(opened: Opened) -> list[int]:
+def layer_bytes(opened: Opened) -> list[int]:
     """What each layer takes on disk."""
     totals = [0] * len(opened.skeleton.layers)
     for name, info in opened.checkpoint.tensors.items():

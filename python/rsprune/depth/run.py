@@ -48,10 +48,13 @@ from rsprune.windows import Split
 class DepthRun:
     """One run; its methods stand in the order in which they are called."""
 
+    prepare = staticmethod(prepare)
+    card = staticmethod(depth_card)
+
     def __init__(
         self, folder: Path, config: Config, out: Path, progress: Progress, peak: PeakWatch
     ) -> None:
-        self.prepared: Prepared = prepare(folder, config, out)
+        self.prepared: Prepared = self.prepare(folder, config, out)
         self.opened = self.prepared.opened
         self.plan = self.prepared.plan
         self.config = config
@@ -81,7 +84,7 @@ class DepthRun:
                 seed=config.seed,
             )  # fmt: skip
             self.windows: Calibration | None = None
-            if config.fold:
+            if self.needs_windows:
                 self.windows = interleaved(
                     corpora, self.tokenizer, samples=config.samples, seq_len=config.seq_len,
                     seed=config.seed, heldout=config.heldout,
@@ -89,6 +92,11 @@ class DepthRun:
             for ids in self._all_ids():
                 self.opened.stream.check_ids(ids)
             self.opened.checkpoint.check_finite(self.opened.checkpoint.tensors)
+
+    @property
+    def needs_windows(self) -> bool:
+        """Whether anything is fitted."""
+        return self.config.fold
 
     def _all_ids(self) -> list[torch.Tensor]:
         windows = self.windows
@@ -216,8 +224,9 @@ class DepthRun:
         report = load_report(output.folder)
         card = output.folder / "README.md"
         source_card = card.read_text("utf-8", errors="replace") if card.exists() else None
-        output.write_text("README.md", depth_card(report, source_card, model))
-        output.write_text(SCORES_NAME, removal_page(report))
+        output.write_text("README.md", self.card(report, source_card, model))
+        if report.removals:
+            output.write_text(SCORES_NAME, removal_page(report))
         output.write_text("recipe.yaml", self.config.to_recipe())
         output.write_index()
         output.commit()

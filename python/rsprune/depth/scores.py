@@ -111,6 +111,7 @@ METHODS = {
     "perplexity": DepthMethod(perplexity, iterated=False),
     "perplexity-greedy": DepthMethod(perplexity, iterated=True),
     "random": DepthMethod(random, iterated=False),
+    "flexigpt": DepthMethod(bi, iterated=False),
 }
 """Name that `--method` takes -> what it does."""
 

@@ -24,8 +24,8 @@ from rsprune.methods.wanda import Wanda
 __all__ = [
     "CODED",
     "DATA_FREE",
-    "Binarizer",
     "DEPTH",
+    "Binarizer",
     "Inputs",
     "Method",
     "Operator",
@@ -45,8 +45,9 @@ _ALL: tuple[Method, ...] = (
 )  # fmt: skip
 _METHODS = {method.name: method for method in _ALL}
 
-DEPTH = ("pip", "bi", "taylor", "perplexity", "perplexity-greedy", "random")
-"""Methods that remove whole decoder layers: they solve nothing, and live in `rsprune.depth`."""
+DEPTH = ("pip", "bi", "taylor", "perplexity", "perplexity-greedy", "random", "flexigpt")
+"""Methods that remove whole decoder layers: they solve nothing, and live in `rsprune.depth`
+and, where something stands in for a layer, in `rsprune.flexi`."""
 
 
 def names() -> list[str]:

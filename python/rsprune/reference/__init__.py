@@ -12,6 +12,7 @@ from rsprune.reference.fista import FistaPoint, fista
 from rsprune.reference.fista_plus import fista_plus
 from rsprune.reference.gradient import gradient_sizes, gradient_squares
 from rsprune.reference.local_search import local_search
+from rsprune.reference.lowrank import factors, pair_distance, reduced_rank, truncated_svd
 from rsprune.reference.pattern import Pattern
 from rsprune.reference.polish import Polished, polish
 from rsprune.reference.refit import refit
@@ -33,6 +34,7 @@ __all__ = [
     "arb",
     "billm",
     "binarize",
+    "factors",
     "fista",
     "fista_plus",
     "gptq",
@@ -41,12 +43,15 @@ __all__ = [
     "local_search",
     "magnitude",
     "narrow",
+    "pair_distance",
     "pbs2p",
     "polish",
     "quadratic_error",
+    "reduced_rank",
     "refit",
     "relative_error",
     "sparsegpt",
+    "truncated_svd",
     "wanda",
     "widen",
 ]

@@ -5,6 +5,7 @@ mod buffers;
 mod enter;
 mod errors;
 mod gradient;
+mod lowrank;
 mod pack;
 mod packed;
 mod shard;
@@ -20,9 +21,10 @@ fn _core(m: &Bound<'_, PyModule>) -> PyResult<()> {
     m.add_function(wrap_pyfunction!(enter::kernel_name, m)?)?;
     statistics::register(m)?;
     solve::register(m)?;
+    lowrank::register(m)?;
+    gradient::register(m)?;
     pack::register(m)?;
     packed::register(m)?;
     binarize::register(m)?;
-    gradient::register(m)?;
     shard::register(m)
 }

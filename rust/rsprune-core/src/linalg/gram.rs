@@ -74,6 +74,25 @@ impl GramSum {
         Ok(())
     }
 
+    /// Adds `X^T Y` to `cross [n, right.n]`: `X` as in [`GramSum::add`], `Y` of any width.
+    pub fn add_cross(
+        &self,
+        job: &Job,
+        kernel: &Kernel,
+        left: &[f32],
+        right: &PackedB,
+        cross: &mut [f32],
+    ) -> Result<()> {
+        let columns = right.n;
+        job.map_blocks(cross, BLOCK * columns, |block, sum| {
+            let rows = (block * BLOCK, sum.len() / columns);
+            let product = block_product(kernel, (left, self.n), right, rows, columns);
+            kernel.vectorised(|| sum.iter_mut().zip(&product).for_each(|(s, p)| *s += p));
+            Ok(())
+        })?;
+        Ok(())
+    }
+
     /// Entry `(i, j)`.
     #[inline]
     pub fn at(&self, i: usize, j: usize) -> f64 {

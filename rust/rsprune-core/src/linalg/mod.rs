@@ -1,5 +1,5 @@
 //! Dense linear algebra on row-major `f32`: packed products, Gram sums, one Cholesky, one
-//! inverse, one largest eigenvalue, one assignment, sizes of gradients. Everything is serial inside of a row block; blocks run in parallel.
+//! inverse, leading singular vectors and eigenvectors, one assignment, sizes of gradients. Everything is serial inside of a row block; blocks run in parallel.
 
 mod assignment;
 mod buffer;
@@ -8,8 +8,11 @@ mod gemm;
 mod gradient;
 mod gram;
 mod inverse;
+mod jacobi;
+mod orthonormal;
 mod pack;
 mod power;
+mod subspace;
 mod triangular;
 
 pub use assignment::assign;
@@ -18,6 +21,11 @@ pub use gemm::{ROW_BLOCK, dot, gemm, gemm_add, quadratic_form};
 pub use gradient::{GradientSizes, gradient_sizes, gradient_squares};
 pub use gram::GramSum;
 pub use inverse::invert;
+pub use jacobi::{Eigen, symmetric_eigen};
+pub use orthonormal::orthonormalise;
 pub use pack::{PackedB, Scratch};
 pub use power::largest_eigenvalue;
+pub use subspace::{
+    Svd, rows_times, times_transposed, top_eigenvectors, transposed, truncated_svd,
+};
 pub use triangular::{invert_upper, solve_rows};
