@@ -7,6 +7,7 @@ from typing import Annotated, Any
 
 from typer import Argument, Option
 
+from rsprune.console import Json, Quiet, showing
 from rsprune.options import Threads
 
 __all__ = ["train"]
@@ -26,22 +27,18 @@ def train(
     overwrite: Annotated[
         bool, Option("--overwrite", help="OUT may exist and is replaced.")
     ] = False,
-    json: Annotated[bool, Option("--json", help="JSON on stdout: one object a line.")] = False,
-    quiet: Annotated[bool, Option("--quiet", help="Print nothing but errors.")] = False,
+    json: Json = False,
+    quiet: Quiet = False,
 ) -> None:
     """Train adapters, gains and maps of replaced layers; the same command goes on after a kill."""
     from rsprune.flexi.train import Training
     from rsprune.flexi.train import train as run
-    from rsprune.progress import make_progress
 
     given: dict[str, Any] = {
         "steps": steps, "seq_len": seq_len, "batch": batch, "rate": rate, "seed": seed,
         "threads": threads,
     }  # fmt: skip
     options = Training(**{name: value for name, value in given.items() if value is not None})
-    progress = make_progress(json=json, quiet=quiet)
-    try:
+    with showing(json, quiet) as progress:
         found = run(folder, out, text, options, overwrite=overwrite, progress=progress)
         progress.note(f"loss {found['loss_first']:.4f} -> {found['loss_last']:.4f}")
-    finally:
-        progress.close()
