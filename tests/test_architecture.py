@@ -40,7 +40,8 @@ MIDDLE |= {"sources", "inspect", "model_config", "head", "scoring", "eval_plan",
 MIDDLE |= {"evaluate", "eval_tasks", "harness", "permute", "tune", "resume"}
 MIDDLE |= {"packed_linear", "hf"}
 TOP = {"plan", "run", "demo", "verify", "tables", "card", "options", "cli", "estimate"}
-TOP |= {"layer_run", "allocate", "unused", "driver", "depth", "stages", "flexi", "export", "train_command"}
+TOP |= {"layer_run", "allocate", "unused", "driver", "depth", "stages", "flexi", "export"}
+TOP |= {"train_command"}
 
 
 def short(path: Path) -> str:
