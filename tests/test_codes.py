@@ -16,8 +16,9 @@ from tiny_models import tensors_of
 from rsprune import _core
 from rsprune.codes import Choice, coarse, knapsack, redundancy
 from rsprune.config import Config
+from rsprune.driver import make_plan
 from rsprune.errors import UsageError
-from rsprune.plan import make_plan, prepare
+from rsprune.plan import prepare
 from rsprune.progress import NullProgress
 from rsprune.report import load_report
 from rsprune.run import compress

@@ -19,12 +19,12 @@ from rsprune import methods
 from rsprune.checkpoint import Checkpoint
 from rsprune.cli import main
 from rsprune.config import Config
+from rsprune.driver import make_plan
 from rsprune.errors import RspruneError, UsageError
 from rsprune.evaluate import perplexity
 from rsprune.export import export_dense
 from rsprune.inspect import inspect, totals
 from rsprune.packing import PackedWeight
-from rsprune.plan import make_plan
 from rsprune.report import load_report
 from rsprune.run import compress
 from rsprune.skeleton import Skeleton
