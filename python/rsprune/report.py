@@ -118,7 +118,7 @@ class Report:
         bits = [record["true_bits"] for record in self.tensors if "true_bits" in record]
         if not bits:
             return None
-        return sum(b * size for b, size in zip(bits, sizes, strict=True)) / sum(sizes)
+        return float(sum(b * s for b, s in zip(bits, sizes, strict=True)) / sum(sizes))
 
     @property
     def few_tokens(self) -> str | None:
