@@ -17,7 +17,7 @@ from rsprune import _core
 from rsprune.codes import Choice, coarse, knapsack, redundancy
 from rsprune.config import Config
 from rsprune.driver import make_plan
-from rsprune.errors import UsageError
+from rsprune.errors import RspruneError, UsageError
 from rsprune.plan import prepare
 from rsprune.progress import NullProgress
 from rsprune.report import load_report
@@ -67,6 +67,17 @@ def test_true_bits_stay_within_the_budget(
         assert report.allocation is not None
         assert report.allocation["true_bits"] == pytest.approx(total)
         assert report.allocation["codes"] == {r["name"]: r["pattern"] for r in report.tensors}
+
+
+def test_a_gram_without_a_factor_is_refused_by_name(
+    tiny: Callable[..., Path], documents: Path, tmp_path: Path
+) -> None:
+    few = {**OPTIONS, "samples": 1, "seq_len": 16, "heldout": 0.0}
+    config = Config.create(
+        calibration=str(documents), method="pbs2p-exact", bits=1.9, damping=0.0, **few
+    )
+    with pytest.raises(RspruneError, match=r"layers\.0\..*weight: the Gram matrix .* damping 0"):
+        compress(tiny("llama"), tmp_path / "out", config)
 
 
 def test_n_follows_what_a_layer_changes(

@@ -21,16 +21,19 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from rsprune import _core
+from rsprune.calibrate import GroupStatistics
 from rsprune.config import Config
+from rsprune.errors import RspruneError
 from rsprune.methods.base import Operator as Task
 from rsprune.methods.pbs2p_exact import CODES
-from rsprune.plan import Prepared
+from rsprune.plan import Operator, Prepared
 from rsprune.progress import Progress
 from rsprune.survey import few, survey
 
@@ -99,24 +102,33 @@ def losses(
     for seen in survey(prepared, windows, few(len(windows)), threads):
         operators = {o.linear: o for o in prepared.plan.operators if o.layer == seen.index}
         for group, sums in seen.job.groups(seen.hidden, seen.hidden):
-            for linear in group.linears:
-                if (operator := operators.get(linear)) is None:
-                    continue
+            for operator in (operators[name] for name in group.linears if name in operators):
                 weight = prepared.checkpoint.lend(operator.name)
-                choices = []
-                for code in CODES:
-                    pattern = _core.Pattern(code, "row")
-                    task = Task(weight, operator.dtype, pattern, sums.calibration, sums.heldout)
-                    certificate = _core.pbs2p_exact(task, damping=config.damping, threads=threads)[
-                        1
+                try:
+                    found[operator.name] = [
+                        _choice(code, weight, operator, sums, config.damping, threads)
+                        for code in CODES
                     ]
-                    heldout = certificate["heldout_error"]
-                    loss = certificate["error"] if heldout is None else heldout
-                    bits = certificate["packed_bits"] * operator.rows * operator.columns
-                    choices.append(Choice(code, loss, bits))
-                found[operator.name] = choices
+                except ValueError as error:
+                    raise RspruneError(f"{operator.name}: {error}") from None
         progress.step(f"layer {seen.index + 1}")
     return found
+
+
+def _choice(
+    code: str,
+    weight: NDArray[Any],
+    operator: Operator,
+    sums: GroupStatistics,
+    damping: float,
+    threads: int,
+) -> Choice:
+    pattern = _core.Pattern(code, "row")
+    task = Task(weight, operator.dtype, pattern, sums.calibration, sums.heldout)
+    certificate = _core.pbs2p_exact(task, damping=damping, threads=threads)[1]
+    heldout = certificate["heldout_error"]
+    loss = certificate["error"] if heldout is None else heldout
+    return Choice(code, loss, certificate["packed_bits"] * operator.rows * operator.columns)
 
 
 def knapsack(operators: Sequence[Sequence[Choice]], budget: float) -> list[Choice]:
