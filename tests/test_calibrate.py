@@ -24,9 +24,8 @@ from rsprune.data import calibration_windows, load_texts, split_heldout
 from rsprune.errors import RspruneError
 from rsprune.memory import PeakWatch
 from rsprune.methods.base import Inputs
-from rsprune.plan import prepare
 from rsprune.progress import NullProgress
-from rsprune.run import _Run
+from rsprune.run import _LayerwiseRun
 from rsprune.skeleton import Skeleton, load_tokenizer
 from rsprune.stream import Stream
 from rsprune.timing import Timing
@@ -300,10 +299,12 @@ def test_windows_in_a_file_are_the_same(tmp_path: Path):
     assert len(spilled) == 3
 
 
-def test_calibration_windows_come_before_the_held_out_ones(tiny_llama: Path, text: Path):
+def test_calibration_windows_come_before_the_held_out_ones(
+    tiny_llama: Path, text: Path, tmp_path: Path
+):
     options = {"samples": 8, "seq_len": 16, "heldout": 0.25, "threads": 1}
     config = Config(calibration=str(text), **options)
-    run = _Run(prepare(tiny_llama, config, None), config, NullProgress(), PeakWatch())
+    run = _LayerwiseRun(tiny_llama, config, tmp_path / "out", NullProgress(), PeakWatch())
     run.read_inputs()
     windows = calibration_windows(
         load_texts(str(text)), load_tokenizer(tiny_llama), samples=8, seq_len=16, seed=0

@@ -49,7 +49,7 @@ class Walk:
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._workers.shutdown()
+        self._workers.shutdown(cancel_futures=True)
         self._stores.clear()
 
     def store(self, name: str, count: int, tokens: int) -> Windows:
