@@ -7,7 +7,7 @@ from random import Random
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from rsprune.config import Config
@@ -27,6 +27,7 @@ def words_of(text: str) -> list[str]:
 
 
 @settings(max_examples=200, deadline=None)
+@example(text="AAAß", rate=1.0, seed=214)
 @given(
     text=st.text(ALPHABET, max_size=200),
     rate=st.floats(0.01, 1.0),

@@ -134,7 +134,7 @@ def perturb(text: str, rate: float, chooser: Random) -> str:
             version of Python.
     """
     words = list(WORD.finditer(text))
-    letters = sorted({letter for word in words for letter in word[0].lower()})
+    letters = sorted({x for word in words for x in word[0].lower() if x.isalpha()})
     count = max(1, round(rate * len(words))) if words else 0
     pieces, end = [], 0
     for index in sorted(_sample(len(words), count, chooser)):
@@ -167,5 +167,7 @@ def _edit(word: str, letters: list[str], chooser: Random) -> str:
     others = [letter for letter in letters if letter != word[place].lower()]
     if kind < 2 and others:
         new = others[_below(len(others), chooser)]
-        return word[:place] + (new.upper() if word[place].isupper() else new) + word[place + 1 :]
+        if word[place].isupper() and len(new.upper()) == 1:  # some letters are two in capitals
+            new = new.upper()
+        return word[:place] + new + word[place + 1 :]
     return word[:place] + letters[_below(len(letters), chooser)] + word[place:]
