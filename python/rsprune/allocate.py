@@ -15,6 +15,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -113,7 +114,12 @@ def exact_patterns(
 
 
 def measure(
-    prepared: Prepared, windows: Tensor, config: Config, threads: int, progress: Progress
+    prepared: Prepared,
+    windows: Tensor,
+    config: Config,
+    threads: int,
+    progress: Progress,
+    spill: tuple[Path | None, Path | None] = (None, None),
 ) -> list[Curve | None]:
     """Error curves of all decoder layers, one in memory at a time.
 
@@ -123,6 +129,7 @@ def measure(
         config: pattern.
         threads: worker threads.
         progress: is told of every layer.
+        spill: folders for sums and for what solvers hold, where they are not to be in memory.
     """
     skeleton, stream = prepared.skeleton, prepared.stream
     chosen = windows[: WINDOWS.count]
@@ -148,8 +155,9 @@ def measure(
             pool=skeleton.pool,
             where=f"layer {index}",
             timing=Timing(),
+            spill_sums=spill[0],
         )
-        curve = _curve(prepared, index, job, stores["now"], target)
+        curve = _curve(prepared, index, job, stores["now"], target, spill[1])
         curves.append(curve)
         progress.step(f"layer {index + 1}", None if curve is None else curve.error(target))
         job.advance()
@@ -159,7 +167,12 @@ def measure(
 
 
 def _curve(
-    prepared: Prepared, index: int, job: LayerJob, hidden: Windows, target: float
+    prepared: Prepared,
+    index: int,
+    job: LayerJob,
+    hidden: Windows,
+    target: float,
+    spill: Path | None,
 ) -> Curve | None:
     operators = {o.linear: o for o in prepared.plan.operators if o.layer == index}
     grid = [min(max(target + d, 0.0), 0.98) for d in (-RANGE, 0.0, RANGE)]
@@ -168,7 +181,7 @@ def _curve(
         for linear in group.linears:
             if linear in operators:
                 for sparsity, values in zip(grid, solved, strict=True):
-                    task = _task(prepared, operators[linear], sums.calibration, sparsity)
+                    task = _task(prepared, operators[linear], sums.calibration, sparsity, spill)
                     stored = _pruned(task, operators[linear], job.threads)
                     values[f"{linear}.weight"] = _as_held(stored, operators[linear], job)
     if not operators:
@@ -196,7 +209,9 @@ def _as_held(stored: NDArray[Any], operator: Operator, job: LayerJob) -> Tensor:
     return weight if operator.expert is not None else weight.to(job.pool.device)
 
 
-def _task(prepared: Prepared, operator: Operator, sums: Any, sparsity: float) -> Task:
+def _task(
+    prepared: Prepared, operator: Operator, sums: Any, sparsity: float, spill: Path | None
+) -> Task:
     weight = prepared.checkpoint.lend(operator.name)
     pattern = _core.Pattern(repr(sparsity), "matrix")
-    return Task(weight, operator.dtype, pattern, sums, None)
+    return Task(weight, operator.dtype, pattern, sums, None, spill)

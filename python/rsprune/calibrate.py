@@ -13,7 +13,7 @@ A layer's experts come one after another in any case; see `experts`.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -48,10 +48,9 @@ class GroupStatistics:
         cls, width: int, split: Split, *, corrected: bool, spill: Path | None = None
     ) -> GroupStatistics:
         """Sums of nothing; with `spill`, a folder, in files that have no name."""
-        path = spill / "sums" if spill else None
 
         def sums() -> _core.Statistics:
-            return _core.Statistics(width, corrected=corrected, spill=path)
+            return _core.Statistics(width, corrected=corrected, spill=spill)
 
         return cls(sums(), sums() if split.heldout else None)
 
@@ -112,13 +111,14 @@ class LayerJob:
         held = self._own.set_weight(linear, torch.from_numpy(weight).view(torch_dtype))
         return as_stored(held, torch_dtype)
 
-    def replay(self, stored: dict[str, Tensor]) -> None:
+    def replay(self, stored: Iterable[tuple[str, Tensor]]) -> None:
         """Runs the layer as it was run before, with the parameters that it was stored with.
 
         Both paths give the bits that they gave then; nothing is summed, solved or tuned.
 
         Args:
-            stored: parameter name -> value as stored; all that the compressed layer holds.
+            stored: parameter names and values as stored; all that the compressed layer holds. They
+                are taken one by one, and not at all where only the dense layer runs.
         """
         with self.timing.stage("replay"):
             if self._dense is not None:
@@ -142,7 +142,7 @@ class LayerJob:
                 config, self.threads,
             )  # fmt: skip
             tuned = tuner.run()
-            self._own.put_parameters(tuned.values)
+            self._own.put_parameters(tuned.values.items())
         return tuned
 
     def advance(self) -> tuple[Windows, Windows]:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
-import warnings
+import math
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -77,7 +77,14 @@ class Checkpoint:
         return list(self._shards)
 
     def pieces(self, name: str) -> Iterator[tuple[int, torch.Tensor]]:
-        """The elements of a tensor as stored, flat, a few MiB at a time, each with its start.
+        """The elements of a tensor as stored, flat, a few MiB at a time, each with its start."""
+        info = self.tensors[name]
+        return self._pieces(info, 0, math.prod(info.shape))
+
+    def _pieces(
+        self, info: TensorInfo, first: int, count: int
+    ) -> Iterator[tuple[int, torch.Tensor]]:
+        """The same for `count` elements from `first` on, where starts are counted from.
 
         Read, not mapped: a file that is cut under the run is then an error and not a SIGBUS, and
         no page of the model counts as ours.
@@ -85,32 +92,34 @@ class Checkpoint:
         Raises:
             RspruneError: the file cannot be read, or was written to since it was opened.
         """
-        info = self.tensors[name]
         dtype = _torch_dtype(info)
-        for start in range(0, info.nbytes, PIECE_BYTES):
-            raw = self._read(info, start, min(PIECE_BYTES, info.nbytes - start))
-            yield start // dtype.itemsize, torch.from_numpy(raw).view(dtype)
+        size, nbytes = dtype.itemsize, count * dtype.itemsize
+        for start in range(0, nbytes, PIECE_BYTES):
+            raw = self._read(info, first * size + start, min(PIECE_BYTES, nbytes - start))
+            yield start // size, torch.from_numpy(raw).view(dtype)
 
     def copy_to(self, name: str, target: torch.Tensor) -> None:
         """Fills `target`, contiguous and of the tensor's shape, in the target's own type."""
+        info = self.tensors[name]
+        self._copy(info, 0, math.prod(info.shape), target)
+
+    def _copy(self, info: TensorInfo, first: int, count: int, target: torch.Tensor) -> None:
         flat = target.reshape(-1)
-        for start, piece in self.pieces(name):
+        for start, piece in self._pieces(info, first, count):
             flat[start : start + len(piece)] = piece
 
-    def view(self, name: str) -> torch.Tensor:
-        """The tensor as stored, in the memory of its file: for what is too much to hold.
-
-        Whoever cuts the file while this is in use kills the process; what is read is safe of that.
-        """
+    def read(self, name: str, dtype: torch.dtype | None = None) -> torch.Tensor:
+        """The tensor in memory of its own, as stored or in another type."""
         info = self.tensors[name]
-        dtype = _torch_dtype(info)
-        if info.nbytes == 0:
-            return torch.empty(info.shape, dtype=dtype)
-        with named_errors():
-            raw = np.frombuffer(memoryview(self._shards[info.file].map(name)), dtype=np.uint8)
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", UserWarning)  # "not writable": meant so
-            return torch.from_numpy(raw).view(dtype).reshape(info.shape)
+        found = torch.empty(info.shape, dtype=dtype or _torch_dtype(info))
+        self.copy_to(name, found)
+        return found
+
+    def copy_rows(self, name: str, rows: range, target: torch.Tensor) -> None:
+        """Fills `target`, contiguous, with rows that lie side by side, in the target's own type."""
+        info = self.tensors[name]
+        length = math.prod(info.shape[1:])
+        self._copy(info, rows.start * length, len(rows) * length, target)
 
     def rows(self, name: str, indices: list[int]) -> torch.Tensor:
         """Some rows of a matrix, as stored, [indices, columns]."""

@@ -25,6 +25,7 @@ from rsprune.calibrate import LayerJob
 from rsprune.checkpoint import Checkpoint, sha256
 from rsprune.config import Config
 from rsprune.errors import UsageError
+from rsprune.experts import ExpertLinear
 from rsprune.permute import Coupling, reorder
 from rsprune.report import REPORT_NAME, Record, read_records
 from rsprune.scratch import Scratch
@@ -138,7 +139,7 @@ def replay(
         shard: what the layer was stored as.
         names: parameter name in the layer -> on-disk name.
         record: the layer's line in the journal.
-        scratch: keeps permuted weights of experts; None where the layer has none.
+        scratch: keeps permuted and stored weights of experts; None where the layer has none.
     """
     for moved in record.get("permutations", ()):
         coupling = Coupling(
@@ -146,4 +147,10 @@ def replay(
         )
         reorder(job.layer, coupling, torch.tensor(moved["order"]), scratch)
     stored = Checkpoint(shard.parent, {shard.name: _core.Shard(shard)})
-    job.replay({name: stored.view(names[name]) for name, _ in job.layer.named_parameters()})
+
+    def value(name: str) -> Tensor:
+        tensor = stored.read(names[name])
+        of_expert = isinstance(job.layer.get_submodule(name.rpartition(".")[0]), ExpertLinear)
+        return scratch.keep_tensor(tensor) if of_expert and scratch else tensor
+
+    job.replay((name, value(name)) for name, _ in job.layer.named_parameters())

@@ -19,6 +19,7 @@ finish          shard of the rest, other files, card, index; one rename
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import math
 import time
@@ -34,6 +35,7 @@ from rsprune.calibrate import LayerJob
 from rsprune.card import model_card
 from rsprune.config import Config
 from rsprune.data import Corpus, calibration_windows, load_texts, split_heldout
+from rsprune.errors import RspruneError
 from rsprune.experts import stored_bytes
 from rsprune.layer_run import LayerRun
 from rsprune.memory import PeakWatch, give_freed_pages_back, keep_freed_pages, rss_anon
@@ -175,7 +177,8 @@ class _Run:
         """Closes a run that cannot go on; what is finished stays, for the next one."""
         if not hasattr(self, "journal"):
             return
-        self.journal.close()
+        with contextlib.suppress(RspruneError):  # the first error is the one to tell
+            self.journal.close()
         if not (output.folder / REPORT_NAME).exists():
             return  # it has its name already
         records = [record for _, record in read_records(output.folder / REPORT_NAME)]
@@ -201,7 +204,7 @@ class _Run:
         if inputs.propagate == "model" and two:
             own = self._store(output, "own", channels)
             own.copy_from(dense)
-        self.patterns = self._patterns()
+        self.patterns = self._patterns(output)
         self.progress.stage("layers", len(self.plan.operators))
         finished_layers = self._done("layer")
         for record in finished_layers:
@@ -209,7 +212,7 @@ class _Run:
         for index in range(len(finished_layers), self.plan.layers):
             dense, own = self._write_layer(output, index, dense, own)
 
-    def _patterns(self) -> dict[str, _core.Pattern]:
+    def _patterns(self, output: OutputFolder) -> dict[str, _core.Pattern]:
         """What every operator is pruned to, by the name of its weight."""
         pattern, operators = parse_pattern(self.config), self.plan.operators
         if not self.config.allocate:
@@ -218,7 +221,10 @@ class _Run:
             return exact_patterns(operators, known[0]["layers"], pattern.sparsity)
         with self.timing.stage("allocate"):
             self.progress.stage("allocate", self.plan.layers)
-            curves = measure(self.prepared, self.windows, self.config, self.threads, self.progress)
+            spill = self._spill(output, "Grams"), self._spill(output, "solver's matrices")
+            curves = measure(
+                self.prepared, self.windows, self.config, self.threads, self.progress, spill
+            )
             layers = allocate(curves, pattern.sparsity)
         self.journal.write(
             "allocation",
@@ -236,7 +242,7 @@ class _Run:
         job = self._job(output, index)
         layer = LayerRun(
             index, self.prepared, self.config, job, self.patterns, self.journal, self.progress,
-            self._scratch(output, job),
+            self._scratch(output, job), self._spill(output, "solver's matrices"),
         )  # fmt: skip
         if self.permutes:
             layer.permute(dense)
@@ -310,7 +316,7 @@ class _Run:
             timing=self.timing,
             correction=self.config.correction,
             tuned=self.config.tune_block,
-            spill_sums=output.scratch if "Grams" in self.plan.spill else None,
+            spill_sums=self._spill(output, "Grams"),
         )
 
     def finish(self, output: OutputFolder, model: str) -> None:
@@ -340,11 +346,15 @@ class _Run:
     def _store(self, output: OutputFolder, kind: str, channels: int) -> Windows:
         """Room for hidden states, made once for every kind and used again layer after layer."""
         if kind not in self._windows:
-            spills = "hidden states" in self.plan.spill
-            spill = output.scratch / kind.replace(" ", "-") if spills else None
+            folder = self._spill(output, "hidden states")
+            spill = folder and folder / kind.replace(" ", "-")
             shape = (self.split.count, self.config.seq_len, channels)
             self._windows[kind] = Windows(*shape, spill=spill)
         return self._windows[kind]
+
+    def _spill(self, output: OutputFolder, part: str) -> Path | None:
+        """Where a part of the plan's memory lies; None in memory."""
+        return output.scratch if part in self.plan.spill else None
 
     def _shard(self, number: int) -> str:
         """File names as the hub counts them, the shard outside of the layers first."""

@@ -136,10 +136,6 @@ class Skeleton:
         self.checkpoint.copy_to(info.name, tensor)
         return tensor
 
-    def view(self, name: str) -> Tensor:
-        """Parameter `name` as it is stored, in the memory of its shard."""
-        return self.checkpoint.view(self._info(name).name)
-
     def _info(self, name: str) -> TensorInfo:
         """What the disk says of parameter `name`, its shape checked."""
         disk_name = self.disk_name(name)
@@ -210,16 +206,17 @@ class Skeleton:
         return next(names)
 
     def load_layer(self, index: int) -> None:
-        """Brings decoder layer `index` into memory; weights of experts stay views of the disk."""
+        """Brings decoder layer `index` into memory; weights of experts stay on the disk."""
         layer = self.layers[index]
         for name, _ in list(layer.named_parameters()):
             module, _, leaf = name.rpartition(".")
             owner, full_name = layer.get_submodule(module), self.layer_name(index, name)
             if isinstance(owner, ExpertLinear):
-                tensor = self.view(full_name)
-            else:
-                kept = isinstance(owner, StoredLinear) and leaf == "weight"
-                tensor = self.load(full_name, None if kept else torch.float32)
+                info = self._info(full_name)
+                owner.lend(_Source(self.checkpoint, info.name), TORCH_DTYPES[info.dtype])
+                continue
+            kept = isinstance(owner, StoredLinear) and leaf == "weight"
+            tensor = self.load(full_name, None if kept else torch.float32)
             owner._parameters[leaf] = nn.Parameter(tensor, requires_grad=False)
 
     def layer_bytes(self) -> int:
@@ -244,11 +241,28 @@ class Skeleton:
     def drop_layer(self, index: int) -> None:
         """Puts decoder layer `index` back on `meta`."""
         for module in self.layers[index].modules():
+            if isinstance(module, ExpertLinear):
+                module.lend(None, torch.float32)
+                continue
             for leaf, parameter in module._parameters.items():
                 if parameter is not None and parameter.device.type != "meta":
                     empty = torch.empty_like(parameter, device="meta", dtype=torch.float32)
                     module._parameters[leaf] = nn.Parameter(empty, requires_grad=False)
                     self.pool.give_back(parameter.data)
+
+
+class _Source:
+    """Reads one tensor of a checkpoint; copies of a layer share it."""
+
+    def __init__(self, checkpoint: Checkpoint, name: str) -> None:
+        self._checkpoint = checkpoint
+        self._name = name
+
+    def __call__(self, dtype: torch.dtype | None) -> Tensor:
+        return self._checkpoint.read(self._name, dtype)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> _Source:
+        return self
 
 
 def resolve_device(name: str) -> str:

@@ -5,12 +5,13 @@ from __future__ import annotations
 from rsprune.config import Config
 from rsprune.errors import UsageError
 from rsprune.methods.admm import Admm
-from rsprune.methods.base import Inputs, Method, Operator, Packed, Pruned
+from rsprune.methods.base import Inputs, Method, Operator, Packed, Pruned, Workspace
 from rsprune.methods.best import Best
 from rsprune.methods.few_tokens import DATA_FREE, too_few
 from rsprune.methods.fista import Fista
 from rsprune.methods.fista_plus import FistaPlus
 from rsprune.methods.magnitude import Magnitude
+from rsprune.methods.polish import WORKSPACE as POLISH
 from rsprune.methods.polish import polish
 from rsprune.methods.sparsegpt import SparseGPT
 from rsprune.methods.wanda import Wanda
@@ -22,11 +23,13 @@ __all__ = [
     "Operator",
     "Packed",
     "Pruned",
+    "Workspace",
     "get",
     "inputs_of",
     "names",
     "polish",
     "too_few",
+    "workspaces",
 ]
 
 _ALL: tuple[Method, ...] = (
@@ -46,6 +49,16 @@ def get(name: str) -> Method:
         return _METHODS[name]
     except KeyError:
         raise UsageError(f"method {name!r}: expected one of {', '.join(_METHODS)}") from None
+
+
+def workspaces(config: Config, columns: int) -> list[Workspace]:
+    """What the solvers of a run hold one after another, for an operator of so many channels."""
+    found = [get(config.method).workspace(columns)]
+    if config.refit or config.search:
+        found.append(POLISH)
+    if config.allocate:
+        found.append(get("sparsegpt").workspace(columns))
+    return found
 
 
 def inputs_of(method: Method, config: Config) -> Inputs:

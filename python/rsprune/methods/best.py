@@ -10,7 +10,8 @@ from typing import Literal
 
 from rsprune import _core
 from rsprune.config import Config
-from rsprune.methods.base import Inputs, Operator, Pruned
+from rsprune.methods.admm import inverses
+from rsprune.methods.base import Inputs, Operator, Pruned, Workspace
 
 
 class Best:
@@ -21,7 +22,10 @@ class Best:
     scope: Literal["row", "matrix"] = "matrix"
     inputs = Inputs(propagate="layer", target="dense", true_sequential=True)
     permute = True
-    workspace = (14, 7)
+
+    def workspace(self, columns: int) -> Workspace:
+        """See `Method.workspace`."""
+        return Workspace(matrices=11, squares=1, resident=inverses(columns) + 1)
 
     def products(self, config: Config) -> float:
         """See `Method.products`."""

@@ -1,9 +1,10 @@
 //! The pure core of rsprune: no Python, no globals, no printing.
 //!
 //! Layers, lowest first; a module uses only those above it in this list:
-//! `error`, `disk`, `par` | `kernels` (matrix tiles) | `linalg` (GEMM, Gram, Cholesky) | `pattern` |
+//! `error`, `disk`, `buffer`, `par` | `kernels` (matrix tiles) | `linalg` (GEMM, Gram, Cholesky) | `pattern` |
 //! `solve` (the methods) and, beside them, `shard` (safetensors files).
 
+pub mod buffer;
 pub mod disk;
 pub mod error;
 pub mod float;

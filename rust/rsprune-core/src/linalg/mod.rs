@@ -2,7 +2,6 @@
 //! inverse, one largest eigenvalue, one assignment. Everything is serial inside of a row block; blocks run in parallel.
 
 mod assignment;
-mod buffer;
 mod cholesky;
 mod gemm;
 mod gram;
@@ -13,7 +12,7 @@ mod triangular;
 
 pub use assignment::assign;
 pub use cholesky::reversed_cholesky;
-pub use gemm::{ROW_BLOCK, dot, gemm, gemm_add, quadratic_form};
+pub use gemm::{ROW_BLOCK, dot, gemm, gemm_add, gemm_columns};
 pub use gram::GramSum;
 pub use inverse::invert;
 pub use pack::{PackedB, Scratch};

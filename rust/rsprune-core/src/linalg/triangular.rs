@@ -1,6 +1,7 @@
 //! `Z H = B` for many rows at once, from the reversed Cholesky factor of `H`.
 
 use super::gemm::ROW_BLOCK;
+use crate::buffer::Buffer;
 use crate::error::Result;
 use crate::par::Job;
 
@@ -8,8 +9,8 @@ use crate::par::Job;
 ///
 /// Both substitutions walk along rows of `R`: `Y R^T = B` from the last column by dot products,
 /// then `Z R = Y` from the first by row updates.
-pub fn solve_rows(job: &Job, b: &[f32], r: &[f32], n: usize) -> Result<Vec<f32>> {
-    let mut out = b.to_vec();
+pub fn solve_rows(job: &Job, b: &[f32], r: &[f32], n: usize) -> Result<Buffer> {
+    let mut out = job.copy(b)?;
     job.map_blocks(&mut out, (ROW_BLOCK / 4) * n, |_, rows| {
         for row in rows.chunks_exact_mut(n) {
             for j in (0..n).rev() {

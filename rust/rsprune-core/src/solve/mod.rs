@@ -12,6 +12,7 @@ mod best;
 mod certificate;
 mod datafit;
 mod descent;
+mod factor;
 mod fista;
 mod fista_plus;
 mod measure;

@@ -9,67 +9,29 @@
 //! `1 / R_jj^2`). Masks are chosen as published: of every group when its first column is reached
 //! (keep-of), of every 128 columns when the block is reached (ratios; over all rows, or per row).
 
-use super::datafit::normalised;
-use super::{GramQuadratic, Solution, Task};
-use crate::error::{Error, Result};
+use super::factor::Factor;
+use super::{Solution, Task};
+use crate::buffer::Buffer;
+use crate::error::Result;
 use crate::kernels::Kernel;
-use crate::linalg::{PackedB, ROW_BLOCK, Scratch, gemm, reversed_cholesky, solve_rows};
+use crate::linalg::{PackedB, ROW_BLOCK, Scratch, gemm};
 use crate::par::Job;
 use crate::pattern::{Pattern, Scope, for_smallest};
-use std::borrow::Cow;
 
 const BLOCK: usize = 128;
 
-/// SparseGPT with relative `damping` (published: 0.01). With corrected inputs it prunes
-/// `W - W P H^-1`, the unconstrained minimiser of the same objective (our reconstruction).
+/// SparseGPT with relative `damping` (published: 0.01).
 pub fn sparsegpt(job: &Job, task: &Task, damping: f64) -> Result<Solution> {
-    let linear = if task.calibration.corrected() {
-        GramQuadratic::measuring(job, task.weight, task.calibration)?.linear
-    } else {
-        None
-    };
-    let gram = normalised(job, task.calibration)?;
-    let kernel = Kernel::select()?;
-    let operator = (task.weight, linear.as_deref());
-    let values = sweep(job, &kernel, task.pattern, operator, gram, damping)?;
+    let values = sparsegpt_point(job, task.pattern, &Factor::of(job, task, damping)?)?;
     task.certify(job, values)
 }
 
 /// SparseGPT's point, not yet rounded: also the warm start of other methods.
-pub(super) fn sparsegpt_point(
-    job: &Job,
-    pattern: Pattern,
-    term: &GramQuadratic,
-    damping: f64,
-) -> Result<Vec<f32>> {
-    let operator = (&*term.weight, term.linear.as_deref());
-    sweep(job, &term.kernel, pattern, operator, term.gram.clone(), damping)
-}
-
-/// The point of `weight` with the linear term `B`, if it has one, for the Gram `r`, which is
-/// factored in place.
-fn sweep(
-    job: &Job,
-    kernel: &Kernel,
-    pattern: Pattern,
-    (weight, linear): (&[f32], Option<&[f32]>),
-    mut r: Vec<f32>,
-    damping: f64,
-) -> Result<Vec<f32>> {
-    if !(damping >= 0.0 && damping.is_finite()) {
-        return Err(Error::Option(format!("damping: must be at least 0, found {damping}")));
-    }
-    let n = r.len().isqrt();
-    (0..n).for_each(|i| r[i * n + i] += damping as f32); // the mean of diag(G) is one
-    reversed_cholesky(job, kernel, &mut r, n, damping)?;
-    let mut target = Cow::Borrowed(weight);
-    if let Some(linear) = linear {
-        let shift = solve_rows(job, linear, &r, n)?;
-        target.to_mut().iter_mut().zip(&shift).for_each(|(w, s)| *w -= s);
-    }
-    let mut sweep = Sweep { n, kernel, r: &r, target: &target, values: target.to_vec() };
-    for block in (0..n).step_by(BLOCK) {
-        let end = (block + BLOCK).min(n);
+pub(super) fn sparsegpt_point(job: &Job, pattern: Pattern, factor: &Factor) -> Result<Buffer> {
+    let Factor { kernel, n, r, target } = factor;
+    let mut sweep = Sweep { n: *n, kernel, r, target, values: job.copy(target)? };
+    for block in (0..*n).step_by(BLOCK) {
+        let end = (block + BLOCK).min(*n);
         sweep.feed_back(job, block, end)?;
         sweep.prune_block(job, pattern, block, end)?;
     }
@@ -82,7 +44,7 @@ struct Sweep<'a> {
     r: &'a [f32],
     target: &'a [f32],
     /// Final left of the current block; in it, the weights as they have become by now.
-    values: Vec<f32>,
+    values: Buffer,
 }
 
 impl Sweep<'_> {
