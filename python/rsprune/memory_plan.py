@@ -60,6 +60,9 @@ HELD_IN: dict[str, tuple[str, ...]] = {
 }
 """The stages in which a part is held; others are held in all."""
 
+OPTIONAL = {"allocate": "budget", "tune": "tuning"}
+"""Stages that a run may be without, by the part that they alone hold."""
+
 
 def memory_parts(
     skeleton: Skeleton,
@@ -169,7 +172,7 @@ def _gram_bytes(structure: LayerStructure, inputs: Inputs, config: Config) -> in
 
 
 def stage_peaks(memory: dict[str, int], spill: Sequence[str] = ()) -> dict[str, int]:
-    """Bytes of anonymous memory in every stage, with the parts of `spill` in a file."""
+    """Bytes of anonymous memory in every stage of the run, with the parts of `spill` in a file."""
     return {
         stage: sum(
             size
@@ -177,6 +180,7 @@ def stage_peaks(memory: dict[str, int], spill: Sequence[str] = ()) -> dict[str, 
             if stage in HELD_IN.get(part, STAGES) and part not in spill
         )
         for stage in STAGES
+        if memory.get(OPTIONAL.get(stage, ""), 1)
     }
 
 

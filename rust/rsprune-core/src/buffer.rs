@@ -1,6 +1,6 @@
 //! Large arrays of f32: in memory of our own, or in the pages of a file that the system may write
 //! back. Values do not depend on where they lie.
-#![allow(unsafe_code)] // a map of a file that nobody else can open; lines and pages seen as f32
+#![allow(unsafe_code)] // a map of a file that nobody else can open, seen as f32
 
 use crate::disk::reserve;
 use crate::error::{Error, Result};
@@ -10,9 +10,8 @@ use std::io;
 use std::ops::{Deref, DerefMut};
 use std::path::{Path, PathBuf};
 
-#[derive(Clone, Copy)]
-#[repr(C, align(64))]
-struct Line([f32; 16]);
+/// Values of a cache line.
+const LINE: usize = 16;
 
 /// f32 values, zeros at first. They start on a cache line, so no vector load straddles two.
 pub struct Buffer {
@@ -21,7 +20,9 @@ pub struct Buffer {
 }
 
 enum Pages {
-    Memory(Vec<Line>),
+    /// With where the first line begins. Not allocated as aligned: glibc's heap does not use the
+    /// holes again that aligned arrays leave (a solver took 23 matrices instead of 8).
+    Memory(Vec<f32>, usize),
     /// A file without a name: its pages are not anonymous, and it goes with the map.
     File(MmapMut),
 }
@@ -55,7 +56,9 @@ impl Room<'_> {
 impl Buffer {
     /// `len` zeros in memory.
     pub fn memory(len: usize) -> Buffer {
-        Buffer { pages: Pages::Memory(vec![Line([0.0; 16]); len.div_ceil(16)]), len }
+        let values = vec![0.0f32; len + LINE - 1];
+        let first = values.as_ptr().align_offset(LINE * 4);
+        Buffer { pages: Pages::Memory(values, first), len }
     }
 
     fn file(folder: &Path, len: usize) -> Result<Buffer> {
@@ -94,23 +97,25 @@ impl Deref for Buffer {
     type Target = [f32];
 
     fn deref(&self) -> &[f32] {
-        let start = match &self.pages {
-            Pages::Memory(lines) => lines.as_ptr().cast(),
-            Pages::File(map) => map.as_ptr().cast(),
-        };
-        // SAFETY: a map starts on a page and lines are aligned; both hold at least `len` f32.
-        unsafe { std::slice::from_raw_parts(start, self.len) }
+        match &self.pages {
+            Pages::Memory(values, first) => &values[*first..*first + self.len],
+            // SAFETY: a map starts on a page, any bits are an f32, and it holds `len` of them.
+            Pages::File(map) => unsafe {
+                std::slice::from_raw_parts(map.as_ptr().cast(), self.len)
+            },
+        }
     }
 }
 
 impl DerefMut for Buffer {
     fn deref_mut(&mut self) -> &mut [f32] {
-        let start = match &mut self.pages {
-            Pages::Memory(lines) => lines.as_mut_ptr().cast(),
-            Pages::File(map) => map.as_mut_ptr().cast(),
-        };
-        // SAFETY: as in `deref`, and `&mut self` is the only way to the values.
-        unsafe { std::slice::from_raw_parts_mut(start, self.len) }
+        match &mut self.pages {
+            Pages::Memory(values, first) => &mut values[*first..*first + self.len],
+            // SAFETY: as in `deref`, and `&mut self` is the only way to the map.
+            Pages::File(map) => unsafe {
+                std::slice::from_raw_parts_mut(map.as_mut_ptr().cast(), self.len)
+            },
+        }
     }
 }
 
@@ -127,7 +132,9 @@ mod tests {
         for len in [0, 1, 15, 16, 1000] {
             for room in [Room::Memory, Room::Folder(&folder)] {
                 assert!(room.zeros(len).unwrap().iter().all(|v| *v == 0.0));
-                assert_eq!(room.copy(&values[..len]).unwrap()[..], values[..len]);
+                let copy = room.copy(&values[..len]).unwrap();
+                assert_eq!(copy[..], values[..len]);
+                assert!((copy.as_ptr() as usize).is_multiple_of(LINE * 4));
             }
         }
         assert_eq!(fs::read_dir(&folder).unwrap().count(), 1);
