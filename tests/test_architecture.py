@@ -38,7 +38,7 @@ MIDDLE = {
 MIDDLE |= {"sources", "inspect", "model_config", "head", "scoring", "eval_plan", "eval_journal"}
 MIDDLE |= {"evaluate", "eval_tasks", "harness", "permute", "tune", "resume"}
 TOP = {"plan", "run", "demo", "verify", "tables", "card", "options", "cli", "estimate"}
-TOP |= {"layer_run", "allocate", "unused"}
+TOP |= {"layer_run", "allocate", "unused", "memory_plan"}
 
 
 def short(path: Path) -> str:
@@ -171,11 +171,12 @@ LOWER = {
     "float": {"error"},
     "disk": set(),
     "kernels": {"error"},
-    "par": {"error"},
+    "buffer": {"disk", "error"},
+    "par": {"buffer", "error"},
     "pattern": {"error"},
-    "linalg": {"disk", "error", "float", "kernels", "par"},
+    "linalg": {"buffer", "error", "float", "kernels", "par"},
     "shard": {"disk", "error", "float"},
-    "solve": {"error", "float", "kernels", "par", "pattern", "linalg"},
+    "solve": {"buffer", "error", "float", "kernels", "par", "pattern", "linalg"},
 }
 """Module of the core -> what it may use."""
 
