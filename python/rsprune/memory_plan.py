@@ -12,7 +12,7 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import Protocol
 
 from rsprune import _core, methods
 from rsprune.blocks import LayerStructure
@@ -22,9 +22,6 @@ from rsprune.memory import KEPT_BYTES, rss_anon
 from rsprune.methods.base import Inputs
 from rsprune.skeleton import Skeleton
 from rsprune.stream import Opening
-
-if TYPE_CHECKING:
-    from rsprune.plan import Operator
 
 GRAM_BYTES = 4
 """Sums are kept in float32, symmetric ones up to their diagonal."""
@@ -64,12 +61,31 @@ OPTIONAL = {"allocate": "budget", "tune": "tuning"}
 """Stages that a run may be without, by the part that they alone hold."""
 
 
+class Operator(Protocol):
+    """What is asked of a linear that will be pruned; `plan.Operator` has it."""
+
+    @property
+    def name(self) -> str: ...
+
+    @property
+    def layer(self) -> int: ...
+
+    @property
+    def rows(self) -> int: ...
+
+    @property
+    def columns(self) -> int: ...
+
+    @property
+    def expert(self) -> int | None: ...
+
+
 def memory_parts(
     skeleton: Skeleton,
     opening: Opening,
     inputs: Inputs,
     config: Config,
-    operators: list[Operator],
+    operators: Sequence[Operator],
 ) -> dict[str, int]:
     """Bytes of anonymous memory by part; a stage holds those that `HELD_IN` says."""
     layers = skeleton.layers
@@ -148,7 +164,7 @@ def _routing_bytes(skeleton: Skeleton, config: Config) -> int:
     return config.samples * config.seq_len * chosen * 4
 
 
-def _budget_bytes(skeleton: Skeleton, operators: list[Operator], config: Config) -> int:
+def _budget_bytes(skeleton: Skeleton, operators: Sequence[Operator], config: Config) -> int:
     """A layer pruned to three sparsities: in float32, experts as stored."""
     if not config.allocate:
         return 0
