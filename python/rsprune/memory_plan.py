@@ -65,19 +65,29 @@ class Operator(Protocol):
     """What is asked of a linear that will be pruned; `plan.Operator` has it."""
 
     @property
-    def name(self) -> str: ...
+    def name(self) -> str:
+        """Of its weight on disk."""
+        ...
 
     @property
-    def layer(self) -> int: ...
+    def layer(self) -> int:
+        """Number of its decoder layer."""
+        ...
 
     @property
-    def rows(self) -> int: ...
+    def rows(self) -> int:
+        """Outputs."""
+        ...
 
     @property
-    def columns(self) -> int: ...
+    def columns(self) -> int:
+        """Inputs."""
+        ...
 
     @property
-    def expert(self) -> int | None: ...
+    def expert(self) -> int | None:
+        """Number of its expert."""
+        ...
 
 
 def memory_parts(
