@@ -3,7 +3,7 @@ PYTHON ?= python3.11
 BIN := .venv/bin
 FUZZ_SECONDS ?= 60 # for each target
 
-.PHONY: setup demo test lint bench fuzz asan nightly clean
+.PHONY: setup demo test lint compat bench fuzz asan nightly clean
 
 setup: .venv/ready
 
@@ -30,6 +30,10 @@ lint: setup
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/python -m mypy.stubtest rsprune._core --allowlist tests/stubtest-allowlist.txt --ignore-unused-allowlist
+
+# Packed folders in older releases of transformers, installed from PyPI: two minutes and more.
+compat: setup
+	$(BIN)/python -m pytest -m compat
 
 bench: setup
 	cargo bench --bench kernels

@@ -121,6 +121,46 @@ def compressed(
     return run_of
 
 
+@pytest.fixture(scope="session")
+def deep(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    """`deep(kind)`: a tiny model of six layers."""
+    import tiny_models
+    from tiny_models import build
+
+    made: dict[str, Path] = {}
+
+    def model(kind: str) -> Path:
+        if kind not in made:
+            with pytest.MonkeyPatch.context() as patch:
+                patch.setitem(tiny_models.SIZES, "num_hidden_layers", 6)
+                made[kind] = build(kind, tmp_path_factory.mktemp(f"deep-{kind}"))
+        return made[kind]
+
+    return model
+
+
+@pytest.fixture(scope="session")
+def replaced(
+    deep: Callable[[str], Path], documents: Path, tmp_path_factory: pytest.TempPathFactory
+) -> Callable[[str], Path]:
+    """`replaced(name)`: the output of one of `RUNS` on the tiny llama, made once."""
+    from replaced_models import OPTIONS, RUNS
+
+    from rsprune.config import Config
+    from rsprune.run import compress
+
+    made: dict[str, Path] = {}
+
+    def run(name: str) -> Path:
+        if name not in made:
+            made[name] = tmp_path_factory.mktemp("replaced") / "out"
+            config = Config(calibration=str(documents), **OPTIONS, **RUNS[name])
+            compress(deep("llama"), made[name], config)
+        return made[name]
+
+    return run
+
+
 @pytest.fixture
 def command_line(text: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> "CommandLine":
     """The command line as a user sees it; its outputs go to a folder of their own."""

@@ -24,9 +24,8 @@ from rsprune.data import calibration_windows, load_texts, split_heldout
 from rsprune.errors import RspruneError
 from rsprune.memory import PeakWatch
 from rsprune.methods.base import Inputs
-from rsprune.plan import prepare
 from rsprune.progress import NullProgress
-from rsprune.run import _Run
+from rsprune.run import _LayerwiseRun
 from rsprune.skeleton import Skeleton, load_tokenizer
 from rsprune.stream import Stream
 from rsprune.timing import Timing
@@ -39,6 +38,9 @@ ALL_INPUTS = [
     for propagate, target, sequential in itertools.product(
         ("layer", "model"), ("dense", "own"), (False, True)
     )
+] + [
+    Inputs("model", "dense", True, correction=0.5, clip_tokens=0.9),
+    Inputs("model", "own", False, clip_tokens=0.9),
 ]
 BASELINE = Inputs("model", "own", False)
 FISTA = Inputs("layer", "dense", True)
@@ -46,7 +48,8 @@ FISTA = Inputs("layer", "dense", True)
 
 def label(inputs: Inputs) -> str:
     order = "sequential" if inputs.true_sequential else "at once"
-    return f"{inputs.propagate}-{inputs.target}-{order}"
+    clipped = "-clipped" if inputs.clip_tokens else ""
+    return f"{inputs.propagate}-{inputs.target}-{order}{clipped}"
 
 
 class Naive:
@@ -192,6 +195,12 @@ class Walk:
     def check_group(self, sums: GroupStatistics, own: torch.Tensor, dense: torch.Tensor) -> None:
         if self.inputs.target == "own":
             dense = own
+        dense = torch.lerp(own, dense, self.inputs.correction)
+        if limit := self.inputs.clip_tokens:
+            norms = own.norm(dim=-1, keepdim=True)
+            factor = (limit * norms.median(dim=1, keepdim=True).values / norms).clamp(max=1)
+            assert (factor < 1).any()
+            own, dense = own * factor, dense * factor
         count = SPLIT.calibration
         assert sums.heldout is not None
         check_sums(sums.calibration, own[:count], dense[:count])
@@ -290,10 +299,12 @@ def test_windows_in_a_file_are_the_same(tmp_path: Path):
     assert len(spilled) == 3
 
 
-def test_calibration_windows_come_before_the_held_out_ones(tiny_llama: Path, text: Path):
+def test_calibration_windows_come_before_the_held_out_ones(
+    tiny_llama: Path, text: Path, tmp_path: Path
+):
     options = {"samples": 8, "seq_len": 16, "heldout": 0.25, "threads": 1}
     config = Config(calibration=str(text), **options)
-    run = _Run(prepare(tiny_llama, config, None), config, NullProgress(), PeakWatch())
+    run = _LayerwiseRun(tiny_llama, config, tmp_path / "out", NullProgress(), PeakWatch())
     run.read_inputs()
     windows = calibration_windows(
         load_texts(str(text)), load_tokenizer(tiny_llama), samples=8, seq_len=16, seed=0

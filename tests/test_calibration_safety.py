@@ -10,8 +10,8 @@ from safetensors.torch import load_file, save_file
 from test_resume import OPTIONS
 
 from rsprune import Config, compress, load_report
+from rsprune.driver import make_plan
 from rsprune.errors import RspruneError, UsageError
-from rsprune.plan import make_plan
 from rsprune.progress import NullProgress
 
 UP = "model.layers.1.mlp.up_proj.weight"

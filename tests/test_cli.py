@@ -5,13 +5,12 @@ import os
 import re
 import subprocess
 import sys
-import time
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import numpy as np
 import pytest
+from command_line import fake, in_a_process, run
 from safetensors.numpy import save_file
 from typer.testing import CliRunner
 
@@ -22,38 +21,17 @@ from rsprune.errors import RspruneError
 HEAVY = ("torch", "transformers", "pydantic", "numpy", "rich", "safetensors")
 
 
-def run(arguments: list[str], monkeypatch: pytest.MonkeyPatch) -> int:
-    """`main` in this process; its exit code."""
-    monkeypatch.setattr(sys, "argv", ["rsprune", *arguments])
-    with pytest.raises(SystemExit) as caught:
-        cli.main()
-    return int(caught.value.code or 0)
-
-
-def fake(monkeypatch: pytest.MonkeyPatch, name: str, **members: Any) -> None:
-    """Puts a module of stand-ins in the place of one that needs torch."""
-    module = ModuleType(name)
-    module.__dict__.update(members)
-    monkeypatch.setitem(sys.modules, name, module)
-
-
-def in_a_process(*arguments: str) -> subprocess.CompletedProcess[str]:
-    source = str(Path(cli.__file__).parents[1])
-    environment = os.environ | {"PYTHONPATH": source}
-    command = [sys.executable, "-m", "rsprune", *arguments]
-    return subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
-
-
 def test_help_is_fast_and_names_every_command():
-    seconds = []
-    for _ in range(3):
-        begun = time.perf_counter()
-        done = in_a_process("--help")
-        seconds.append(time.perf_counter() - begun)
+    before = os.times()
+    done = in_a_process("--help")
+    after = os.times()
     assert done.returncode == 0
-    for command in ("demo", "plan", "compress", "eval", "inspect", "verify"):
+    commands = ("demo", "plan", "compress", "blocks", "eval", "export", "inspect", "verify")
+    for command in commands:
         assert f"\n  {command} " in done.stdout
-    assert min(seconds) < 0.3
+    # Of the processor, not of the clock: other processes must not fail this test.
+    own = after.children_user - before.children_user
+    assert 0 < own + after.children_system - before.children_system < 0.3
 
 
 def test_the_package_and_the_commands_import_nothing_heavy():
@@ -132,13 +110,19 @@ def test_every_option_arrives(monkeypatch: pytest.MonkeyPatch, compressed: dict[
         --calibration-field body --samples 7 --seq-len 64 --heldout 0.25 --seed 3 --memory 2GiB
         --propagate model --target own --no-true-sequential --damping 0.5 --warm-start wanda
         --iterations 9 --xi 0.2 --patience 2 --lambda-start 0.5 --device auto --threads 1
-        --trust-remote-code --correction 0.5 --refit --search --rho-schedule published --budget 99
-        --tune-block --tune-steps 9 --tune-rate 0.1 --tune-batch 3 --allocate --no-permute"""
+        --trust-remote-code --correction 0.5 --clip-tokens 3.5 --refit --search
+        --rho-schedule published --budget 99 --bits 2.5 --format packed
+        --tune-block --tune-steps 9 --tune-rate 0.1 --tune-batch 3 --allocate --no-permute
+        --calibration d.txt --remove 20% --protect 3,1 --no-fold --pip-norm l2 --edit-rate 0.3
+        --texts 4 --text-tokens 99 --rank 8 --flexigpt-mode faithful --replace fold --recover
+        --extend 2"""
     command = ["compress", "m", "o", "--quiet", "--overwrite", *text.split()]
     assert run(command, monkeypatch) == 0
     config = compressed["config"]
     assert config.model_fields_set == set(Config.model_fields)
     assert config.ignore == ("a*", "b")
+    assert config.calibration == ("c.txt", "d.txt")
+    assert (config.remove, config.protect, config.fold) == ("20%", (3, 1), False)
     assert config.memory == 2 << 30
     assert config.true_sequential is False
     assert (config.damping, config.xi, config.heldout) == (0.5, 0.2, 0.25)
@@ -179,6 +163,8 @@ REFUSED = [
     (["compress", "m", "o", "--memory", "lots"], "expected a size such as 4GiB"),
     (["compress", "m", "o", "--recipe", "/nonexistent.yaml"], "/nonexistent.yaml"),
     (["compress", "m", "o", "--no-such-option"], "--no-such-option"),
+    (["export", "m", "o.gguf"], "--type"),
+    (["export", "m", "o.gguf", "--type", "Q9"], "--type: expected one of F32, F16, BF16"),
     (["verify", "/nonexistent"], "/nonexistent"),
     (["inspect", "/nonexistent"], "/nonexistent"),
 ]
@@ -276,92 +262,6 @@ def test_inspect_and_verify_of_a_plain_folder(
     assert run(["verify", str(tmp_path), "--json"], monkeypatch) == 1
     problems = json.loads(capsys.readouterr().out)["problems"]
     assert {p["where"] for p in problems} >= {"config.json", "tokenizer", "rsprune-report.jsonl"}
-
-
-def test_eval_passes_on_what_was_given(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-):
-    from rsprune.evaluate import Perplexity
-
-    size = {"tokens": 10, "windows": 1, "seq_len": 8, "seconds": 0.1, "peak_rss_anon": 1}
-    found = Perplexity(perplexity=12.5, standard_error=0.25, loss=2.5, losses=[25.0], **size)
-    calls = []
-
-    def perplexity(model: str, text: Path, **given: Any) -> Any:
-        given.pop("progress")
-        calls.append((model, text, given))
-        return found
-
-    fake(monkeypatch, "rsprune.evaluate", perplexity=perplexity)
-    command = ["eval", "m", "--text", "t.txt", "--quiet"]
-    assert run(command, monkeypatch) == 0
-    shown = capsys.readouterr().out
-    assert shown.startswith("perplexity 12.5000 +- 0.2500  (1 windows of 8 tokens, mean loss")
-    more = ["--seq-len", "8", "--windows", "2", "--memory", "1GiB", "--resume", "r", "--json"]
-    assert run([*command, *more], monkeypatch) == 0
-    result = json.loads(capsys.readouterr().out)
-    assert (result["perplexity"], result["losses"]) == (12.5, [25.0])
-    assert calls[0] == ("m", Path("t.txt"), {})
-    assert calls[1][2] == {"seq_len": 8, "windows": 2, "memory": "1GiB", "resume": Path("r")}
-
-
-def test_eval_passes_tasks_on(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]):
-    from rsprune.eval_tasks import TaskResults
-
-    results = {"a": {"acc,none": 0.5}}
-    found = TaskResults(results, {"a": 1}, {"a": 40}, {"a": [{}]}, "| a |", 0.1, 1)
-    calls = []
-
-    def evaluate_tasks(model: str, tasks: list[str], **given: Any) -> Any:
-        given.pop("progress")
-        print("a bar", file=sys.stderr)
-        calls.append((model, tasks, given))
-        return found
-
-    fake(monkeypatch, "rsprune.eval_tasks", evaluate_tasks=evaluate_tasks)
-    command = ["eval", "m", "--tasks", "a", "--tasks", "b", "--include-path", "d"]
-    assert run([*command, "--quiet"], monkeypatch) == 0
-    assert capsys.readouterr() == ("| a |\n", "")
-    assert run([*command, "--limit", "3", "--num-fewshot", "0", "--json"], monkeypatch) == 0
-    result = json.loads(capsys.readouterr().out)
-    assert (result["results"], result["examples"]) == (results, {"a": 40})
-    assert "samples" not in result
-    assert calls[0] == ("m", ["a", "b"], {"include_path": Path("d")})
-    assert calls[1][2] == {"include_path": Path("d"), "limit": 3, "num_fewshot": 0}
-
-
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
-        ([], "expected --text or --tasks, found neither"),
-        (["--text", "t", "--tasks", "a"], "expected --text or --tasks, found text and tasks"),
-        (["--text", "t", "--num-fewshot", "1"], "--num-fewshot goes with --tasks"),
-        (["--tasks", "a", "--windows", "1"], "--windows goes with --text"),
-        (["--text", "t", "--memory", "lots"], "option memory: expected a size such as 4GiB"),
-    ],
-)
-def test_what_eval_refuses(
-    tiny_llama: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
-    arguments: list[str],
-    message: str,
-):
-    assert run(["eval", str(tiny_llama), *arguments, "--quiet"], monkeypatch) == 2
-    assert message in capsys.readouterr().err
-
-
-def test_eval_exits_with_3_where_memory_does_not_suffice(
-    tiny_llama: Path,
-    text: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
-):
-    command = ["eval", str(tiny_llama), "--text", str(text), "--seq-len", "32", "--quiet"]
-    assert run([*command, "--memory", "1MiB"], monkeypatch) == 3
-    assert "memory 1 MiB: too small for this evaluation" in capsys.readouterr().err
-    assert run([*command, "--windows", "2", "--memory", "2GiB"], monkeypatch) == 0
-    assert capsys.readouterr().out.startswith("perplexity ")
 
 
 def test_the_demo_measures_on_text_that_calibration_never_sees(tmp_path: Path):

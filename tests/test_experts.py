@@ -19,11 +19,11 @@ from rsprune.blocks import Group
 from rsprune.calibrate import GroupStatistics
 from rsprune.checkpoint import Checkpoint
 from rsprune.config import Config
+from rsprune.driver import make_plan
 from rsprune.errors import UsageError
 from rsprune.experts import FUSED, Experts, unfuse
 from rsprune.methods.base import Inputs
 from rsprune.methods.few_tokens import DATA_FREE, too_few
-from rsprune.plan import make_plan
 from rsprune.progress import NullProgress
 from rsprune.report import load_report
 from rsprune.run import compress
@@ -331,6 +331,7 @@ OPTIONS: dict[str, Any] = {"samples": 6, "seq_len": 32, "heldout": 0.34, "thread
 CHOICES: dict[str, dict[str, Any]] = {
     "tuned": {"method": "wanda", "tune_block": True, "tune_steps": 4},
     "allocated": {"method": "sparsegpt", "pattern": "70%", "allocate": True},
+    "coded": {"method": "pbs2p-exact", "bits": 2.2},
     "best": {"method": "best", "budget": 1},
     "polished": {"method": "sparsegpt", "refit": True, "search": True},
     "corrected": {"method": "sparsegpt", "target": "dense", "correction": 0.5},

@@ -17,8 +17,8 @@ from safetensors.torch import load_file, save_file
 from rsprune import plan
 from rsprune.cli import main
 from rsprune.config import Config
+from rsprune.driver import make_plan
 from rsprune.errors import RspruneError, UsageError
-from rsprune.plan import make_plan
 from rsprune.run import compress
 
 SMALL: dict[str, Any] = {"samples": 4, "seq_len": 32, "threads": 1}

@@ -200,7 +200,7 @@ def test_the_card_takes_over_the_licence_and_claims_no_speed(tmp_path: Path):
     assert fields["base_model"] == "org/base"
     assert (fields["license"], fields["license_name"]) == ("other", "my-licence")
     assert fields["tags"] == ["pruned", "rsprune", "2:4", "sparsegpt"]
-    assert "| `mlp.down_proj` | 2 | 0.0800 | 0.0800 | 50.0% |" in body
+    assert "| `mlp.down_proj` | 2 | - | 0.0800 | 0.0800 | 50.0% |" in body
     assert "the files are as large as before" in body
     assert "AutoModelForCausalLM.from_pretrained" in body
     assert "32 windows of 2048 tokens of `c4.jsonl`, 4 of them held out" in body

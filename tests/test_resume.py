@@ -32,6 +32,9 @@ CASES: dict[str, dict[str, Any]] = {
     "tuned apart": {"method": "best", "budget": 1, **TUNE},
     "tuned": {"method": "wanda", "propagate": "model", "permute": True, **TUNE},
     "allocated": {"method": "sparsegpt", "pattern": "70%", "allocate": True},
+    "packed": {"method": "wanda", "propagate": "model", "permute": True, "format": "packed"},
+    "layers' codes": {"method": "pbs2p", "pattern": "6:8"},
+    "operators' codes": {"method": "pbs2p-exact", "bits": 1.9},
     "experts": {"method": "sparsegpt", "permute": True, **EXPERTS},
     "experts dense": {"method": "fista", "iterations": 3, "permute": True, **EXPERTS},
 }

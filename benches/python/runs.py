@@ -15,7 +15,8 @@ from pathlib import Path
 from typing import Any
 
 Run = dict[str, Any]
-"""name; method (None: the dense model), pattern, samples, windows (None: the whole text), extra."""
+"""name; method (None: the dense model), pattern (None: a method without one), samples, windows
+(None: the whole text), extra."""
 
 
 def command(*words: object) -> dict[str, Any]:
@@ -35,8 +36,9 @@ def measure(run: Run, args: argparse.Namespace) -> dict[str, Any]:
     threads = ["--threads", args.threads] if args.threads else []
     if run["method"]:
         model = args.work / run["name"].replace(":", "of")
-        words = ["--method", run["method"], "--pattern", run["pattern"], "--samples",
-                 run["samples"], "--calibration", args.calibration, "--overwrite"]  # fmt: skip
+        words = ["--method", run["method"], "--samples", run["samples"], "--calibration",
+                 args.calibration, "--overwrite"]  # fmt: skip
+        words += ["--pattern", run["pattern"]] if run["pattern"] else []
         command("compress", args.model, model, *words, *threads, *run.get("extra", []))
         lines = (model / "rsprune-report.jsonl").read_text().splitlines()
         records = [json.loads(line) for line in lines]
@@ -45,6 +47,7 @@ def measure(run: Run, args: argparse.Namespace) -> dict[str, Any]:
         record["layer_rss_anon"] = [layer["rss_anon"] for layer in layers]
         record["tuning"] = [layer["tuning"] for layer in layers if "tuning" in layer]
         record["tensors"] = [r for r in records if r["kind"] == "tensor"]
+        record["blocks"] = [block for layer in layers for block in layer.get("blocks", ())]
     if run.get("evaluate", True):
         some = ["--windows", run["windows"]] if run["windows"] else []
         record["eval"] = command("eval", model, "--text", args.text, *threads, *some)
@@ -55,7 +58,7 @@ def measure(run: Run, args: argparse.Namespace) -> dict[str, Any]:
 
 def table(results: list[dict[str, Any]]) -> str:
     """The results as a Markdown table."""
-    heads = ("run", "perplexity", "windows", "compress s (by stage)",
+    heads = ("run", "perplexity", "windows", "stored MiB", "compress s (by stage)",
              "peak RssAnon MiB (above start)", "eval s")  # fmt: skip
     lines = [f"| {' | '.join(heads)} |", "|---" * len(heads) + "|"]
     for result in results:
@@ -66,10 +69,11 @@ def table(results: list[dict[str, Any]]) -> str:
             seconds = {name: value for name, value in summary["seconds"].items() if value >= 1}
             parts = ", ".join(f"{name} {value:.0f}" for name, value in seconds.items())
             peak, start = summary["peak_rss_anon"], summary["import_rss_anon"]
-            cells += [f"{sum(summary['seconds'].values()):.0f} ({parts})",
+            cells += [f"{summary['bytes_written'] / 2**20:.1f}",
+                      f"{sum(summary['seconds'].values()):.0f} ({parts})",
                       f"{peak / 2**20:.0f} ({(peak - start) / 2**20:.0f})"]  # fmt: skip
         else:
-            cells += ["-", "-"]
+            cells += ["-", "-", "-"]
         cells.append(f"{evaluation.get('seconds', float('nan')):.0f}")
         lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)

@@ -4,7 +4,8 @@
     report = rsprune.compress("SmolLM2-135M", "out", rsprune.Config(pattern="2:4"))
 
 What is listed in `__all__` is the public API; each name is imported when it is first used, so
-that `import rsprune` (and `rsprune --help`) does not wait for torch.
+that `import rsprune` (and `rsprune --help`) does not wait for torch. Importing it also lets
+transformers load packed folders.
 """
 
 from __future__ import annotations
@@ -14,14 +15,19 @@ import sys
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
+from rsprune import transformers_hook
+
 if TYPE_CHECKING:
     from rsprune._core import __version__
     from rsprune.config import Config
+    from rsprune.driver import make_plan
     from rsprune.errors import RspruneError, UsageError
     from rsprune.eval_tasks import evaluate_tasks
     from rsprune.evaluate import perplexity
+    from rsprune.export import export_dense
+    from rsprune.hf import load
     from rsprune.inspect import inspect
-    from rsprune.plan import make_plan
+    from rsprune.packed_linear import int8_errors, set_compute
     from rsprune.report import Report, load_report
     from rsprune.run import compress
     from rsprune.verify import verify
@@ -34,10 +40,14 @@ __all__ = [
     "__version__",
     "compress",
     "evaluate_tasks",
+    "export_dense",
     "inspect",
+    "int8_errors",
+    "load",
     "load_report",
     "make_plan",
     "perplexity",
+    "set_compute",
     "verify",
 ]
 
@@ -49,10 +59,14 @@ _HOMES = {
     "__version__": "_core",
     "compress": "run",
     "evaluate_tasks": "eval_tasks",
+    "export_dense": "export",
     "inspect": "inspect",
+    "int8_errors": "packed_linear",
+    "load": "hf",
     "load_report": "report",
-    "make_plan": "plan",
+    "make_plan": "driver",
     "perplexity": "evaluate",
+    "set_compute": "packed_linear",
     "verify": "verify",
 }
 
@@ -78,6 +92,9 @@ def __getattr__(name: str) -> Any:
     value = getattr(importlib.import_module(f"rsprune.{_HOMES[name]}"), name)
     setattr(sys.modules[__name__], name, value)
     return value
+
+
+transformers_hook.register()
 
 
 def __dir__() -> list[str]:

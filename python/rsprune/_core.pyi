@@ -8,30 +8,48 @@ import numpy as np
 from numpy.typing import NDArray
 
 __all__ = [
+    "PACK_VERSION",
     "MappedTensor",
+    "PackedMatrix",
     "Pattern",
+    "Regression",
     "Shard",
     "ShardWriter",
     "Statistics",
     "__version__",
     "admm",
+    "arb",
     "best",
+    "billm",
     "checkpoint_index",
     "default_threads",
     "exchange",
     "fista",
     "fista_plus",
+    "gptq",
+    "gradient_sizes",
+    "gradient_squares",
     "group_channels",
     "kernel_name",
     "magnitude",
+    "pack",
+    "pack_format",
+    "pack_layout",
+    "pair_distance",
+    "pbs2p",
+    "pbs2p_exact",
     "plan_shard",
     "polish",
+    "signs_bits",
     "sparsegpt",
+    "truncated_svd",
+    "unpack",
     "wanda",
     "write_file",
 ]
 
 __version__: str
+PACK_VERSION: int
 
 class _Operator(Protocol):
     """What the methods read: see `rsprune.methods.base.Operator`."""
@@ -48,9 +66,20 @@ class _Operator(Protocol):
     def heldout(self) -> Statistics | None: ...
 
 _Pruned = tuple[NDArray[Any], dict[str, Any]]
+_Packed = tuple[NDArray[Any], dict[str, Any], tuple[str, dict[str, NDArray[Any]]]]
 
 def default_threads() -> int: ...
 def kernel_name() -> str: ...
+
+@final
+class PackedMatrix:
+    def __new__(
+        cls, parts: dict[str, NDArray[Any]], dtype: str, format: str, shape: tuple[int, int]
+    ) -> PackedMatrix: ...
+    def linear(
+        self, x: NDArray[np.float32], *, mode: str = "float32", threads: int | None = None
+    ) -> NDArray[np.float32]: ...
+    def int8_error(self, x: NDArray[np.float32], *, threads: int | None = None) -> float: ...
 
 @final
 class Pattern:
@@ -119,9 +148,78 @@ def polish(
     search: bool,
     threads: int | None = None,
 ) -> _Pruned: ...
+def pbs2p_exact(
+    operator: _Operator, *, damping: float, stage: str = "search", threads: int | None = None
+) -> _Pruned: ...
+def pbs2p(operator: _Operator, *, damping: float, threads: int | None = None) -> _Packed: ...
+def billm(operator: _Operator, *, damping: float, threads: int | None = None) -> _Packed: ...
+def arb(operator: _Operator, *, damping: float, threads: int | None = None) -> _Packed: ...
+def gptq(
+    operator: _Operator, *, damping: float, bits: int, threads: int | None = None
+) -> _Packed: ...
+def signs_bits(pattern: Pattern, columns: int) -> float: ...
 def group_channels(
     operator: _Operator, *, segment: int, repeats: int, threads: int | None = None
 ) -> NDArray[np.int64]: ...
+
+_Triples = tuple[NDArray[np.float32], NDArray[np.float64], NDArray[np.float32]]
+
+def truncated_svd(
+    weight: NDArray[Any], dtype: str, *, rank: int, seed: int = 0, threads: int | None = None
+) -> _Triples: ...
+def pair_distance(
+    one: _Triples, other: _Triples, *, rank: int, threads: int | None = None
+) -> float: ...
+
+@final
+class Regression:
+    def __new__(cls, inputs: int, outputs: int) -> Regression: ...
+    def add(
+        self,
+        x: NDArray[np.float32],
+        targets: NDArray[np.float32] | None = None,
+        *,
+        threads: int | None = None,
+    ) -> None: ...
+    @property
+    def tokens(self) -> int: ...
+    def fit(
+        self,
+        heldout: Regression | None,
+        *,
+        rank: int | None,
+        dampings: Sequence[float],
+        threads: int | None = None,
+    ) -> tuple[NDArray[np.float32] | None, NDArray[np.float32], dict[str, Any]]: ...
+    def factors(
+        self, weight: NDArray[Any], dtype: str, *, rank: int, threads: int | None = None
+    ) -> tuple[NDArray[np.float32], NDArray[np.float32]]: ...
+
+def pack_format(weight: NDArray[Any], dtype: str, pattern: Pattern) -> str: ...
+def pack_layout(
+    format: str, dtype: str, shape: tuple[int, int]
+) -> list[tuple[str, str, list[int]]]: ...
+def pack(weight: NDArray[Any], dtype: str, format: str) -> dict[str, NDArray[Any]]: ...
+def unpack(
+    parts: dict[str, NDArray[Any]],
+    dtype: str,
+    format: str,
+    shape: tuple[int, int],
+    *,
+    start: int = 0,
+    stop: int | None = None,
+) -> NDArray[Any]: ...
+def gradient_sizes(
+    deltas: NDArray[np.float32],
+    inputs: NDArray[np.float32],
+    weight: NDArray[Any],
+    dtype: str,
+    *,
+    threads: int | None = None,
+) -> tuple[float, float, float]: ...
+def gradient_squares(
+    deltas: NDArray[np.float32], inputs: NDArray[np.float32], *, threads: int | None = None
+) -> float: ...
 
 @final
 class Shard:
@@ -150,7 +248,7 @@ class ShardWriter:
     @property
     def nbytes(self) -> int: ...
     def put(self, name: str, data: NDArray[np.uint8]) -> None: ...
-    def copy(self, name: str, source: Shard) -> None: ...
+    def copy(self, name: str, source: Shard, *, renamed_from: str | None = None) -> None: ...
     def finish(self) -> None: ...
     def abort(self) -> None: ...
 

@@ -27,18 +27,14 @@ from rsprune.calibrate import LayerJob
 from rsprune.checkpoint import TORCH_DTYPES
 from rsprune.config import Config
 from rsprune.layer_path import relative_error, with_parameters
-from rsprune.methods.base import Inputs
 from rsprune.methods.base import Operator as Task
 from rsprune.methods.few_tokens import too_few
 from rsprune.plan import Operator, Prepared, parse_pattern
 from rsprune.progress import Progress
-from rsprune.timing import Timing
-from rsprune.windows import Split, Windows
+from rsprune.survey import IN_MEMORY, Seen, Spill, few, survey
 
 RANGE = 0.12
 """How far a layer's sparsity may be from the mean one."""
-WINDOWS = Split(6, 2)
-"""Calibration windows that curves are measured on; the second part judges."""
 DAMPING = 0.01
 
 
@@ -119,7 +115,7 @@ def measure(
     config: Config,
     threads: int,
     progress: Progress,
-    spill: tuple[Path | None, Path | None] = (None, None),
+    spill: Spill = IN_MEMORY,
 ) -> list[Curve | None]:
     """Error curves of all decoder layers, one in memory at a time.
 
@@ -129,52 +125,20 @@ def measure(
         config: pattern.
         threads: worker threads.
         progress: is told of every layer.
-        spill: folders for sums and for what solvers hold, where they are not to be in memory.
+        spill: where sums and what solvers hold lie.
     """
-    skeleton, stream = prepared.skeleton, prepared.stream
-    chosen = windows[: WINDOWS.count]
-    held = min(WINDOWS.heldout, len(chosen) - 1)
-    split = Split(len(chosen) - held, held)
-    stores = {
-        name: Windows(len(chosen), chosen.shape[1], skeleton.channels) for name in ("now", "next")
-    }
-    for window, hidden in enumerate(stream.embed(chosen)):
-        stores["now"].put(window, hidden)
     target = parse_pattern(config).sparsity
     curves: list[Curve | None] = []
-    for index in range(len(skeleton.layers)):
-        skeleton.load_layer(index)
-        job = LayerJob(
-            layer=skeleton.layers[index],
-            structure=prepared.opening.structures[index],
-            kwargs=stream.kwargs(index),
-            inputs=Inputs("layer", "own", False),
-            split=split,
-            threads=threads,
-            store=lambda kind, channels: stores["next"],
-            pool=skeleton.pool,
-            where=f"layer {index}",
-            timing=Timing(),
-            spill_sums=spill[0],
-        )
-        curve = _curve(prepared, index, job, stores["now"], target, spill[1])
+    for seen in survey(prepared, windows, few(len(windows)), threads, spill.sums):
+        curve = _curve(prepared, seen, target, spill.solver)
         curves.append(curve)
-        progress.step(f"layer {index + 1}", None if curve is None else curve.error(target))
-        job.advance()
-        skeleton.drop_layer(index)
-        stores["now"], stores["next"] = stores["next"], stores["now"]
+        progress.step(f"layer {seen.index + 1}", None if curve is None else curve.error(target))
     return curves
 
 
-def _curve(
-    prepared: Prepared,
-    index: int,
-    job: LayerJob,
-    hidden: Windows,
-    target: float,
-    spill: Path | None,
-) -> Curve | None:
-    operators = {o.linear: o for o in prepared.plan.operators if o.layer == index}
+def _curve(prepared: Prepared, seen: Seen, target: float, spill: Path | None) -> Curve | None:
+    job, hidden = seen.job, seen.hidden
+    operators = {o.linear: o for o in prepared.plan.operators if o.layer == seen.index}
     grid = [min(max(target + d, 0.0), 0.98) for d in (-RANGE, 0.0, RANGE)]
     solved: list[dict[str, Tensor]] = [{} for _ in grid]
     for group, sums in job.groups(hidden, hidden):

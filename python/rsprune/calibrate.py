@@ -25,6 +25,7 @@ from torch import Tensor, nn
 from rsprune import _core
 from rsprune.blocks import Group, LayerStructure, Stage
 from rsprune.checkpoint import TORCH_DTYPES, as_stored
+from rsprune.clip import clip_tokens
 from rsprune.config import Config
 from rsprune.errors import RspruneError
 from rsprune.experts import RoutedInputs
@@ -67,7 +68,6 @@ class LayerJob:
         store: makes room for hidden states: `store(kind, channels)`.
         pool: lends buffers for pruned weights.
         where: how errors call this layer.
-        correction: how much of the drift the target dense makes up for.
         tuned: whether the layer will be tuned, which takes both paths.
         spill_sums: a folder for sums that are not to be in memory.
     """
@@ -82,7 +82,6 @@ class LayerJob:
     pool: TensorPool
     where: str
     timing: Timing
-    correction: float = 1.0
     tuned: bool = False
     spill_sums: Path | None = None
 
@@ -117,8 +116,8 @@ class LayerJob:
         Both paths give the bits that they gave then; nothing is summed, solved or tuned.
 
         Args:
-            stored: parameter names and values as stored; all that the compressed layer holds. They
-                are taken one by one, and not at all where only the dense layer runs.
+            stored: name and value as stored of all parameters of the compressed layer, each made
+                when it is taken; none is where only the dense layer runs.
         """
         with self.timing.stage("replay"):
             if self._dense is not None:
@@ -227,7 +226,7 @@ class LayerJob:
             for group in stage.groups:
                 reference = None
                 if corrected:
-                    reference = torch.lerp(own[group], dense[group], self.correction)
+                    reference = torch.lerp(own[group], dense[group], self.inputs.correction)
                 self._add(statistics[group], group, window, own[group], reference)
         return statistics
 
@@ -263,6 +262,7 @@ class LayerJob:
         held_out = window >= self.split.calibration
         sums = statistics.heldout if held_out else statistics.calibration
         assert sums is not None
+        own, dense = clip_tokens(own, dense, self.inputs.clip_tokens)
         try:
             sums.add(as_rows(own), None if dense is None else as_rows(dense), threads=self.threads)
         except ValueError as error:

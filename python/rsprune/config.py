@@ -29,17 +29,21 @@ class Config(BaseModel):
     """Name in the registry of methods."""
     pattern: str = "2:4"
     """`keep:of` with groups of 4, 8 or 16, or a sparsity such as `50%` or `0.5`."""
+    bits: float | None = Field(default=None, gt=0.0)
+    """PBS2P-exact: true bits a weight, all operators together (1); GPTQ: 2, 3 or 4 (4)."""
     scope: Literal["row", "matrix"] | None = None
     """Over what a sparsity is counted."""
     allocate: bool = False
     """Whether a ratio is spread over the layers by measured error curves; pays from 60 % on."""
     permute: bool | None = None
     """Whether channels change places so that a keep-of pattern keeps more."""
+    format: Literal["dense", "packed"] = "dense"
+    """How pruned weights are stored: with their zeros, or packed, for `import rsprune` to load."""
     ignore: tuple[str, ...] = DEFAULT_IGNORE
     """Globs over on-disk tensor names that stay dense."""
 
-    calibration: str | None = None
-    """Text file, `hub:` dataset, or None for the offline default."""
+    calibration: tuple[str, ...] = ()
+    """Text files and `hub:` datasets, their windows interleaved; none is the offline default."""
     calibration_field: str | None = None
     """Field of a JSON-lines or parquet file that holds the text; None guesses and says so."""
     samples: int = Field(default=128, ge=1)
@@ -58,8 +62,10 @@ class Config(BaseModel):
     true_sequential: bool | None = None
     """Whether later operators of a layer see the inputs that pruned earlier ones give."""
 
-    correction: float = Field(default=1.0, ge=0.0, le=1.0)
+    correction: float | None = Field(default=None, ge=0.0, le=1.0)
     """Target dense: how much of an input's drift is made up for; 0 is target own."""
+    clip_tokens: float | None = Field(default=None, ge=0.0)
+    """Tokens above so many median norms count as if they had that norm; 0 takes all as they are."""
 
     refit: bool = False
     """Whether kept weights are solved again after the method, guarded by held-out error."""
@@ -67,7 +73,7 @@ class Config(BaseModel):
     """Whether a local search over the mask follows the method, guarded by held-out error."""
 
     damping: float = Field(default=0.01, ge=0.0, le=1.0)
-    """SparseGPT, ADMM: added to the Gram's diagonal, relative to its mean."""
+    """SparseGPT, ADMM, binary methods: added to the Gram's diagonal, relative to its mean."""
     rho_schedule: Literal["published", "slow"] = "slow"
     """ADMM: how fast the penalty grows; slow takes twice the iterations."""
     budget: int = Field(default=330, ge=1)
@@ -83,6 +89,35 @@ class Config(BaseModel):
 
     lambda_start: float | None = Field(default=None, gt=0.0)
     """FISTA: first lambda, in units of the mean squared input times the weights' rms."""
+
+    remove: str | None = None
+    """Depth pruning: how many decoder layers go, as a number or a share such as `20%`."""
+    protect: tuple[int, int] = (4, 2)
+    """Depth pruning: how many layers at the start and at the end stay."""
+    fold: bool = True
+    """Depth pruning: whether a removed span's linear map goes into the layer before it."""
+    pip_norm: Literal["l1", "l2", "taylor"] = "taylor"
+    """PIP: the size of a difference of gradients."""
+    edit_rate: float = Field(default=0.15, gt=0.0, le=1.0)
+    """PIP: share of the words of four letters or more that the second view changes."""
+    texts: int = Field(default=20, ge=1)
+    """Depth pruning: texts by which layers are scored."""
+    text_tokens: int = Field(default=256, ge=8)
+    """Depth pruning: tokens of such a text."""
+
+    rank: int = Field(default=64, ge=1, le=2**16)
+    """FlexiGPT: rank of adapters, factors and maps."""
+    replace: tuple[Literal["fold", "map", "shared", "own", "svd"], ...] = (
+        "fold", "map", "shared", "own", "svd",
+    )  # fmt: skip
+    """FlexiGPT: what may stand in for a removed layer."""
+    flexigpt_mode: Literal["default", "faithful"] = "default"
+    """FlexiGPT: the best stand-in by what it gains a byte, or the published one."""
+    recover: bool = False
+    """FlexiGPT: whether stand-ins are then fitted to the dense outputs by Adam; the options of the
+    tuning hold for it."""
+    extend: int = Field(default=0, ge=0)
+    """FlexiGPT: how many layers are repeated, for training, instead of any being removed."""
 
     tune_block: bool = False
     """Whether a layer's kept weights and norms are then fitted to the dense layer's output."""
@@ -107,10 +142,32 @@ class Config(BaseModel):
     def _bytes(cls, value: Any) -> Any:
         return parse_bytes(value) if isinstance(value, str) else value
 
-    @field_validator("ignore", mode="before")
+    @field_validator("ignore", "calibration", mode="before")
     @classmethod
     def _tuple(cls, value: Any) -> Any:
-        return (value,) if isinstance(value, str) else value
+        return () if value is None else (value,) if isinstance(value, str) else value
+
+    @field_validator("replace", mode="before")
+    @classmethod
+    def _names(cls, value: Any) -> Any:
+        return tuple(value.split(",")) if isinstance(value, str) else value
+
+    @field_validator("remove", mode="before")
+    @classmethod
+    def _text(cls, value: Any) -> Any:
+        return str(value) if isinstance(value, (int, float)) else value
+
+    @field_validator("protect", mode="before")
+    @classmethod
+    def _pair(cls, value: Any) -> Any:
+        return tuple(value.split(",")) if isinstance(value, str) else value
+
+    @field_validator("protect")
+    @classmethod
+    def _counts(cls, value: tuple[int, int]) -> tuple[int, int]:
+        if min(value) < 0:
+            raise ValueError("expected two counts of 0 or more, such as 4,2")
+        return value
 
     @classmethod
     def create(cls, **options: Any) -> Config:
@@ -123,17 +180,55 @@ class Config(BaseModel):
     @classmethod
     def from_recipe(cls, path: Path, **overrides: Any) -> Config:
         """Reads `recipe.yaml`; `overrides` win. Unknown keys are refused by name."""
-        try:
-            content = yaml.safe_load(path.read_text(encoding="utf-8"))
-        except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-            raise UsageError(f"recipe {path}: cannot be read: {error}") from None
-        if not isinstance(content, dict):
-            raise UsageError(f"recipe {path}: expected keys and values, found {content!r}")
+        content = read_recipe(path)
+        if "stages" in content:
+            raise UsageError(f"recipe {path}: lists stages, which only `compress` runs")
         return cls.create(**{**content, **overrides})
 
     def to_recipe(self) -> str:
         """The recipe file that gives this configuration again."""
         return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False)
+
+
+def read_recipe(path: Path) -> dict[str, Any]:
+    """The keys and values of a recipe file; raises `UsageError` where it has none."""
+    try:
+        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise UsageError(f"recipe {path}: cannot be read: {error}") from None
+    if not isinstance(content, dict):
+        raise UsageError(f"recipe {path}: expected keys and values, found {content!r}")
+    return content
+
+
+def read_stages(recipe: Path, overrides: dict[str, Any]) -> list[Config]:
+    """The configurations of a recipe's stages; of its only one where it lists none.
+
+    Args:
+        recipe: the file.
+        overrides: options that win over those of every stage.
+
+    Raises:
+        UsageError: the recipe cannot be read or an option is wrong, with the number of the stage;
+            or the method is overridden.
+    """
+    content = read_recipe(recipe)
+    stages = content.pop("stages", None)
+    if stages is None:
+        return [Config.create(**{**content, **overrides})]
+    if not isinstance(stages, list) or not stages or not all(isinstance(s, dict) for s in stages):
+        raise UsageError(
+            f"recipe {recipe}: expected a list of stages, each with options, found {stages!r}"
+        )
+    if "method" in overrides:
+        raise UsageError(f"option method: recipe {recipe} lists stages with methods of their own")
+    configs = []
+    for number, stage in enumerate(stages, start=1):
+        try:
+            configs.append(Config.create(**{**content, **stage, **overrides}))
+        except UsageError as error:
+            raise UsageError(f"recipe {recipe}, stage {number}: {error}") from None
+    return configs
 
 
 def parse_bytes(text: str) -> int:

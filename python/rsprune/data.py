@@ -21,7 +21,16 @@ from rsprune.guard import refusing_panics
 if TYPE_CHECKING:
     import torch
 
-__all__ = ["Corpus", "calibration_windows", "evaluation_windows", "load_texts", "split_heldout"]
+__all__ = [
+    "Corpus",
+    "calibration_windows",
+    "evaluation_windows",
+    "heldout_mask",
+    "load_texts",
+    "shuffled",
+    "split_heldout",
+    "token_ids",
+]
 
 OFFLINE_NOTE = "calibration text: CPython's pydoc topics (offline default), "
 OFFLINE_NOTE += "not a basis for quality claims"
@@ -204,12 +213,7 @@ def calibration_windows(
 
     if samples < 1 or seq_len < 1:
         raise UsageError(f"expected samples and seq_len of 1 or more, found {samples}, {seq_len}")
-    # raw words of a bit generator: unlike Generator.permutation, the same in every NumPy release
-    keys = np.random.PCG64(seed).random_raw(len(corpus.documents))
-    order = np.argsort(keys, kind="stable").tolist()
-    documents: Iterable[str] = (corpus.documents[index] for index in order)
-    if len(corpus.documents) == 1:
-        documents = _rotated(corpus.documents[0], int(keys[0]))
+    documents = shuffled(corpus, seed)
     needed, tokens = samples * seq_len, np.empty(samples * seq_len, dtype=np.int64)
     found = 0
     for ids in _packed(tokenizer, documents):
@@ -224,6 +228,17 @@ def calibration_windows(
     )
 
 
+def shuffled(corpus: Corpus, seed: int) -> list[str]:
+    """The documents in an order that the seed chooses; a single one, rotated."""
+    import numpy as np
+
+    # raw words of a bit generator: unlike Generator.permutation, the same in every NumPy release
+    keys = np.random.PCG64(seed).random_raw(len(corpus.documents))
+    if len(corpus.documents) == 1:
+        return _rotated(corpus.documents[0], int(keys[0]))
+    return [corpus.documents[index] for index in np.argsort(keys, kind="stable").tolist()]
+
+
 def _rotated(document: str, key: int) -> list[str]:
     """The document from a line on that `key` chooses, and what stands before that line."""
     lines = document.splitlines(keepends=True)
@@ -236,13 +251,13 @@ def _packed(tokenizer: Any, documents: Iterable[str]) -> Iterator[list[int]]:
     """Token ids of one document after the other, an EOS in front of all but the first."""
     end: list[int] = []  # what must stand between the last document and the next
     for document in documents:
-        ids = _ids(tokenizer, document)
+        ids = token_ids(tokenizer, document)
         yield end + ids
         eos = tokenizer.eos_token_id
         end = [] if eos is None or ids[-1:] == [eos] else [eos]
 
 
-def _ids(tokenizer: Any, text: str, **options: Any) -> list[int]:
+def token_ids(tokenizer: Any, text: str, **options: Any) -> list[int]:
     """The tokens of a text; raises UsageError when the tokenizer fails on it."""
     # verbose=False: it would warn that the text is longer than the model's context
     with refusing_panics("tokenizer"):
@@ -258,16 +273,21 @@ def split_heldout(
     `fraction` of the windows, rounded, but at least one on each side; of a single window, and for
     a fraction of 0, none.
     """
+    held = heldout_mask(windows.shape[0], fraction)
+    return windows[~held], windows[held]
+
+
+def heldout_mask(total: int, fraction: float) -> torch.Tensor:
+    """Which of `total` windows `split_heldout` sets aside: bool [total]."""
     import torch
 
     if not 0 <= fraction < 1:
         raise UsageError(f"held-out fraction: expected from 0 to below 1, found {fraction}")
-    total = windows.shape[0]
     count = min(max(1, round(total * fraction)), total - 1) if total and fraction else 0
     held = torch.zeros(total, dtype=torch.bool)
     for index in range(count):
         held[(2 * index + 1) * total // (2 * count)] = True
-    return windows[~held], windows[held]
+    return held
 
 
 def evaluation_windows(text: str, tokenizer: Any, seq_len: int) -> torch.Tensor:
@@ -280,7 +300,7 @@ def evaluation_windows(text: str, tokenizer: Any, seq_len: int) -> torch.Tensor:
 
     if seq_len < 2:
         raise UsageError(f"seq_len: expected 2 or more to predict a token, found {seq_len}")
-    ids = _ids(tokenizer, text, add_special_tokens=False)
+    ids = token_ids(tokenizer, text, add_special_tokens=False)
     count = len(ids) // seq_len
     if count == 0:
         raise UsageError(f"evaluation text: expected {seq_len} tokens or more, found {len(ids)}")

@@ -22,6 +22,7 @@ from rsprune.config import Config
 from rsprune.experts import ExpertLinear
 from rsprune.memory_plan import stage_peaks
 from rsprune.methods.base import Inputs
+from rsprune.methods.pbs2p_exact import CODES
 from rsprune.plan import Plan, Prepared
 from rsprune.skeleton import Skeleton
 
@@ -84,7 +85,7 @@ def stages(prepared: Prepared, config: Config, speeds: Speeds) -> list[Stage]:
     )
     products = methods.get(config.method).products(config)
     steps = sum(2 * o.rows * o.columns**2 for o in plan.operators)
-    weights = plan.output_bytes
+    weights = sum(prepared.checkpoint.stored_bytes(n) for n in prepared.checkpoint.tensors)
     memory = dict(plan.memory)
     spilled = sum(memory[name] for name in plan.spill)
     peaks = stage_peaks(memory, plan.spill)
@@ -102,10 +103,13 @@ def stages(prepared: Prepared, config: Config, speeds: Speeds) -> list[Stage]:
         ),
         stage("solve", products * steps / speeds.solver, weights, 0),
         stage("propagate", propagate * forward, 0, 0),
-        stage("write", weights / DISK_BYTES_PER_SECOND, 0, weights),
+        stage("write", plan.output_bytes / DISK_BYTES_PER_SECOND, 0, plan.output_bytes),
     ]
-    if config.allocate:
-        found.insert(1, stage("allocate", 8 * 2 / config.samples * forward, weights, 0))
+    if methods.differ(config):
+        seconds = 8 * 2 / config.samples * forward
+        if config.method == "pbs2p-exact":
+            seconds += len(CODES) * products * steps / speeds.solver
+        found.insert(1, stage("allocate", seconds, weights, 0))
     if config.tune_block:
         # Backward is two forward passes; a window is judged once a pass over all.
         tuned = 3.2 * config.tune_steps * config.tune_batch / config.samples * forward

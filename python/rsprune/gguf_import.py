@@ -16,6 +16,7 @@ in memory, and its result cannot be saved without surgery. Two things are longer
 
 from __future__ import annotations
 
+import json
 import re
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -25,6 +26,8 @@ from typing import TYPE_CHECKING, Any
 
 from rsprune.errors import RspruneError, UsageError
 from rsprune.gguf_header import check_header
+from rsprune.gguf_tokenizer import PRE_TOKENIZERS, WHOLE_WORDS
+from rsprune.gguf_types import decode
 from rsprune.guard import refusing, refusing_panics
 
 if TYPE_CHECKING:
@@ -89,6 +92,7 @@ def convert(
     out_dir.mkdir(parents=True, exist_ok=True)
     progress(f"converting {gguf_path.name}: {len(parts)} tensors to {dtype}")
     _write_companions(gguf_path, reader, model, out_dir)
+    _restore_pre_tokenizer(reader, out_dir, progress)
     _write_weights(parts, names, out_dir / "model.safetensors", dtype)
     progress(f"converted {gguf_path.name}")
     return out_dir
@@ -229,7 +233,10 @@ def _values(part: _Part, processor: Any) -> npt.NDArray[np.float32]:
     source = part.source
     data = source.data if part.expert is None else source.data[part.expert]
     try:
-        values = dequantize(data, source.tensor_type)
+        if source.tensor_type.name == "Q1_0":  # which gguf names, but does not read
+            values = decode(data.reshape(-1), "Q1_0").reshape(*data.shape[:-1], -1)
+        else:
+            values = dequantize(data, source.tensor_type)
     except NotImplementedError as error:
         message = f"{source.name}: no dequantisation for {source.tensor_type.name}"
         raise RspruneError(message) from error
@@ -256,6 +263,24 @@ def _stored_bytes(values: npt.NDArray[np.float32], name: str, dtype: str) -> npt
         raise RspruneError(f"{name}: expected finite values in {dtype}, found infinity or NaN")
     flat: npt.NDArray[np.uint8] = stored.reshape(-1).view(torch.uint8).numpy()
     return flat
+
+
+def _restore_pre_tokenizer(reader: Any, out_dir: Path, progress: Callable[[str], None]) -> None:
+    """Cuts text into words as the file says: transformers cuts all but Qwen's as GPT-2 did."""
+    from transformers.modeling_gguf_pytorch_utils import read_field
+
+    kind, name = (read_field(reader, f"tokenizer.ggml.{key}") for key in ("model", "pre"))
+    if kind != ["gpt2"]:
+        return
+    if not name or name[0] not in PRE_TOKENIZERS:
+        found = name[0] if name else "none"
+        progress(f"note: the tokenizer cuts words as transformers guesses; the file says: {found}")
+        return
+    path = out_dir / "tokenizer.json"
+    content = json.loads(path.read_text())
+    content["pre_tokenizer"] = {"type": "Sequence", "pretokenizers": PRE_TOKENIZERS[name[0]]}
+    content["model"]["ignore_merges"] = name[0] in WHOLE_WORDS
+    path.write_text(json.dumps(content, ensure_ascii=False))
 
 
 def _write_companions(gguf_path: Path, reader: Any, model: Any, out_dir: Path) -> None:

@@ -162,6 +162,10 @@ class Tally:
         part = logits.sub_(top[:, None]).exp_().sum(-1).double().log() + top.double()
         self._log_sum[taken] = torch.logaddexp(self._log_sum[taken], part)
 
+    def log_sums(self) -> Tensor:
+        """`log sum_v exp(logit_v)` of scored positions, float64, when all pieces are through."""
+        return self._log_sum
+
     def scores(self) -> list[Score]:
         """One for each continuation, when all pieces have gone by."""
         return [self._score(found) for found in self._found]

@@ -11,7 +11,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from rsprune import _core
+from rsprune.checkpoint import Checkpoint, TensorInfo
+from rsprune.report import DENSE
 
 __all__ = ["TensorFacts", "Totals", "inspect", "matrix_view", "totals"]
 
@@ -48,6 +49,8 @@ class TensorFacts:
     random zeros some 6:16 holds as well and says nothing.
     """
     bits_per_weight: float
+    format: str = DENSE
+    """How a packed weight is stored; `nbytes` are those of its parts then."""
 
 
 @dataclass(frozen=True)
@@ -61,27 +64,23 @@ class Totals:
     """Length of the weight files, headers included."""
     bits_per_weight: float
     """`file_bytes * 8 / weights`: what the disk really holds."""
+    packed_bits: float | None = None
+    """The same of the packed weights alone; None where there are none."""
 
 
 def inspect(folder: str | Path) -> list[TensorFacts]:
     """Facts of every tensor of a checkpoint, in the order of files and of their offsets.
 
-    One tensor at a time is mapped, and its pages are given back.
+    One tensor at a time is mapped, and its pages are given back; a packed one is unpacked.
 
     Args:
         folder: local folder with `model.safetensors` or its index.
 
     Raises:
-        OSError, ValueError: naming the file that is missing or broken.
+        UsageError, RspruneError: naming the file or tensor that is missing or broken.
     """
-    index = _core.checkpoint_index(Path(folder))
-    facts = []
-    for file in sorted(set(index.values())):
-        shard = _core.Shard(Path(folder) / file)
-        for name, dtype, shape, nbytes in shard.tensors():
-            if index.get(name) == file:
-                facts.append(_facts(shard, file, name, dtype, tuple(shape), nbytes))
-    return facts
+    checkpoint = Checkpoint.open(Path(folder))
+    return [_facts(checkpoint, info) for info in checkpoint.tensors.values()]
 
 
 def totals(folder: str | Path, facts: Iterable[TensorFacts]) -> Totals:
@@ -90,26 +89,33 @@ def totals(folder: str | Path, facts: Iterable[TensorFacts]) -> Totals:
     weights = sum(math.prod(fact.shape) for fact in facts)
     zeros = sum(round(fact.sparsity * math.prod(fact.shape)) for fact in facts)
     file_bytes = sum((Path(folder) / file).stat().st_size for file in {f.file for f in facts})
-    return Totals(len(facts), weights, zeros, file_bytes, file_bytes * 8 / max(weights, 1))
+    packed = [fact for fact in facts if fact.format != DENSE]
+    bits = sum(fact.nbytes for fact in packed) * 8
+    return Totals(
+        tensors=len(facts),
+        weights=weights,
+        zeros=zeros,
+        file_bytes=file_bytes,
+        bits_per_weight=file_bytes * 8 / max(weights, 1),
+        packed_bits=bits / sum(math.prod(fact.shape) for fact in packed) if packed else None,
+    )
 
 
-def _facts(
-    shard: _core.Shard, file: str, name: str, dtype: str, shape: tuple[int, ...], nbytes: int
-) -> TensorFacts:
-    weights = math.prod(shape)
+def _facts(checkpoint: Checkpoint, info: TensorInfo) -> TensorFacts:
+    name, shape, weights = info.name, info.shape, math.prod(info.shape)
     columns = shape[-1] if len(shape) == 2 else 0
-    mapped = shard.map(name)
-    zeros, kept = count_zeros(np.frombuffer(memoryview(mapped), np.uint8), dtype, weights, columns)
-    sparsity = zeros / weights if weights else 0.0
+    zeros, kept = count_zeros(checkpoint.raw(name), info.dtype, weights, columns)
+    sparsity, nbytes = zeros / weights if weights else 0.0, checkpoint.stored_bytes(name)
     return TensorFacts(
         name=name,
-        file=file,
-        dtype=dtype,
+        file=info.file,
+        dtype=info.dtype,
         shape=shape,
         nbytes=nbytes,
         sparsity=sparsity,
         pattern=describe(sparsity, kept, weights) if len(shape) == 2 else None,
         bits_per_weight=nbytes * 8 / weights if weights else 0.0,
+        format=checkpoint.packed[name].format if name in checkpoint.packed else DENSE,
     )
 
 

@@ -7,6 +7,7 @@ that is in it already (its channels have moved) is what later steps start from.
 from __future__ import annotations
 
 import dataclasses
+import math
 import time
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -22,6 +23,8 @@ from rsprune.checkpoint import TORCH_DTYPES, as_stored
 from rsprune.config import Config
 from rsprune.errors import RspruneError
 from rsprune.layer_path import LayerPath
+from rsprune.output import OutputFolder
+from rsprune.packing import PackedWeight, check_parts, smallest
 from rsprune.permute import WINDOWS as PERMUTE_WINDOWS
 from rsprune.permute import (
     Coupling,
@@ -32,7 +35,7 @@ from rsprune.permute import (
 )
 from rsprune.plan import Operator, Prepared, is_ignored
 from rsprune.progress import Progress
-from rsprune.report import Journal
+from rsprune.report import DENSE, Journal
 from rsprune.scratch import Scratch
 from rsprune.windows import Windows
 
@@ -51,6 +54,8 @@ class LayerRun:
         permutations: what `permute` did, as the journal keeps it.
         passes: partial runs over the windows beside those of `job`.
         starved: experts that saw too few tokens for the run's method.
+        given: packed forms that the method made itself, by the name of the weight.
+        records: what the report says of each operator, by the name of its weight.
     """
 
     index: int
@@ -66,6 +71,8 @@ class LayerRun:
     permutations: list[dict[str, Any]] = field(default_factory=list)
     passes: float = 0.0
     starved: set[int] = field(default_factory=set)
+    given: dict[str, methods.Packed] = field(default_factory=dict)
+    records: dict[str, dict[str, Any]] = field(default_factory=dict)
 
     @cached_property
     def operators(self) -> dict[str, Operator]:
@@ -88,12 +95,15 @@ class LayerRun:
             routed = job.routed("own" if job.needs_own else "dense", hidden)
             path = LayerPath(layer, job.structure, job.kwargs, hidden, None, None, routed)
             count = min(PERMUTE_WINDOWS, job.split.calibration)
-            sums = consumer_sums(path, couplings, count, job.threads, job.spill_sums)
+            clip, spill = job.inputs.clip_tokens, job.spill_sums
+            sums = consumer_sums(path, couplings, count, job.threads, clip=clip, spill=spill)
             for coupling in couplings:
                 self._reorder(coupling, sums[coupling.consumer])
             for coupling in expert_couplings(job.structure):
                 if coupling.consumer in self.operators:
-                    found_sums = consumer_sums(path, [coupling], count, job.threads, job.spill_sums)
+                    found_sums = consumer_sums(
+                        path, [coupling], count, job.threads, clip=clip, spill=spill
+                    )
                     self._reorder_expert(coupling, found_sums[coupling.consumer])
             self.passes += path.passes
             path.close()
@@ -125,7 +135,7 @@ class LayerRun:
         started = time.perf_counter()
         method = self._method(operator, statistics)
         with self.job.timing.stage("solve"):
-            weight, certificate, _ = self._solve(method, operator, statistics)
+            weight, certificate, given = self._solve(method, operator, statistics)
         if certificate["tokens"] == 0:
             certificate["error"] = None  # not zero: nothing was measured
         if (dead := certificate["dead_channels"]) and certificate["tokens"]:
@@ -136,19 +146,20 @@ class LayerRun:
         if operator.expert is not None and self.scratch is not None:
             weight = self.scratch.keep(weight)
         self.changed[operator.name] = self.job.set_weight(linear, weight, operator.dtype)
+        if given is not None:
+            self.given[operator.name] = given
         scope = self.config.scope or methods.get(self.config.method).scope
-        self.journal.write(
-            "tensor",
-            name=operator.name,
-            layer=operator.layer,
-            shape=[operator.rows, operator.columns],
-            dtype=operator.dtype,
-            method=method.name,
-            pattern=str(self.patterns[operator.name]),
-            scope="matrix" if self.config.allocate else scope,
-            seconds=time.perf_counter() - started,
+        self.records[operator.name] = {
+            "name": operator.name,
+            "layer": operator.layer,
+            "shape": [operator.rows, operator.columns],
+            "dtype": operator.dtype,
+            "method": method.name,
+            "pattern": str(self.patterns[operator.name]),
+            "scope": "matrix" if self.config.allocate else scope,
+            "seconds": time.perf_counter() - started,
             **certificate,
-        )
+        }
         self.progress.step(f"{self._place} {linear}", certificate["error"])
 
     def _method(self, operator: Operator, statistics: GroupStatistics) -> methods.Method:
@@ -197,8 +208,41 @@ class LayerRun:
         tuned = self.job.tune(dtypes, self.config)
         for name, value in tuned.values.items():
             self.changed[disk_names[name]] = as_stored(value, dtypes[name])
+        self.given.clear()  # of weights that are no more
         self.progress.note(f"{self._place} tuned: {tuned.before:.4f} -> {tuned.after:.4f}")
         return {"before": tuned.before, "after": tuned.after, "steps": tuned.steps}
+
+    def put(self, output: OutputFolder, file: str, names: list[str]) -> dict[str, Any]:
+        """Stores the layer's tensors `names` and journals its operators; returns `put_shard`'s."""
+        packed = self._packed()
+        parts = {name: given.parts for name, given in self.given.items() if name in packed}
+        checkpoint = self.prepared.checkpoint
+        record = output.put_shard(file, checkpoint, names, self.changed, packed=packed, parts=parts)
+        for name, facts in self.records.items():
+            form = packed.get(name)
+            stored = self.changed[name].nbytes if form is None else form.nbytes
+            size = {
+                "format": DENSE if form is None else form.format,
+                "stored_bytes": stored,
+                "true_bits": stored * 8 / math.prod(facts["shape"]),
+            }
+            self.journal.write("tensor", **facts | size)
+        return record
+
+    def _packed(self) -> dict[str, PackedWeight]:
+        """How the pruned weights of the layer are packed; those that gain nothing are not."""
+        if self.config.format == "dense":
+            return {}
+        forms = {}
+        for name, record in self.records.items():
+            weight, given = self.changed[name], self.given.get(name)
+            form = smallest(weight, record["dtype"], self.patterns[name], given and given.format)
+            if form is None:
+                continue
+            if given is not None:
+                check_parts(name, form, weight, given.parts)
+            forms[name] = form
+        return forms
 
     @property
     def _place(self) -> str:

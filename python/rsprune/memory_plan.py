@@ -22,6 +22,7 @@ from rsprune.memory import KEPT_BYTES, rss_anon
 from rsprune.methods.base import Inputs
 from rsprune.skeleton import Skeleton
 from rsprune.stream import Opening
+from rsprune.windows import FEW
 
 GRAM_BYTES = 4
 """Sums are kept in float32, symmetric ones up to their diagonal."""
@@ -132,13 +133,14 @@ def memory_parts(
 
 
 def _resident_bytes(skeleton: Skeleton, operator: Operator, config: Config) -> int:
-    """What a solver holds whatever the bound: squares in use, row blocks, stored weights."""
+    """What a solver holds whatever the bound: squares in use, codes, row blocks, stored weights."""
     rows, columns = operator.rows, operator.columns
-    squares = max(w.resident for w in methods.workspaces(config, columns))
+    spaces = methods.workspaces(config, columns)
+    squares, kept = max(w.resident for w in spaces), max(w.kept for w in spaces)
     threads = config.threads or _core.default_threads()
     blocks = min(threads, math.ceil(rows / ROW_BLOCK)) * BLOCK_ARRAYS * ROW_BLOCK * columns
     stored = 3 * skeleton.checkpoint.tensors[operator.name].nbytes  # before, after, polished
-    return (squares * columns**2 + blocks) * 4 + stored
+    return (squares * columns**2 + kept * rows * columns + blocks) * 4 + stored
 
 
 def _matrix_bytes(operator: Operator, config: Config) -> int:
@@ -175,15 +177,18 @@ def _routing_bytes(skeleton: Skeleton, config: Config) -> int:
 
 
 def _budget_bytes(skeleton: Skeleton, operators: Sequence[Operator], config: Config) -> int:
-    """A layer pruned to three sparsities: in float32, experts as stored."""
-    if not config.allocate:
+    """Two stores of a few windows, and a layer pruned to three sparsities: experts as stored."""
+    if not methods.differ(config):
         return 0
+    stores = 2 * min(FEW.count, config.samples) * config.seq_len * skeleton.channels * 4
+    if not config.allocate:
+        return stores
     layers: Counter[int] = Counter()
     for operator in operators:
         of_expert = operator.expert is not None
         nbytes = skeleton.checkpoint.tensors[operator.name].nbytes
         layers[operator.layer] += nbytes if of_expert else operator.rows * operator.columns * 4
-    return 3 * max(layers.values())
+    return stores + 3 * max(layers.values())
 
 
 def _gram_bytes(structure: LayerStructure, inputs: Inputs, config: Config) -> int:

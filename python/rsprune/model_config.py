@@ -21,6 +21,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from rsprune.checkpoint import TensorInfo
 from rsprune.errors import UsageError
 from rsprune.guard import refusing
+from rsprune.packing import METHOD
 
 __all__ = ["check_model", "parameters_registered_by", "read_config"]
 
@@ -46,7 +47,11 @@ def read_config(folder: Path, trust_remote_code: bool) -> Any:
     if quantization:
         known = isinstance(quantization, dict)
         method = quantization.get("quant_method", "unknown") if known else quantization
-        raise UsageError(f"{folder}: expected unquantized weights, found {method} in config.json")
+        if method != METHOD:
+            raise UsageError(
+                f"{folder}: expected unquantized weights, found {method} in config.json"
+            )
+        del config.quantization_config  # the checkpoint lends these weights as dense ones
     config.use_cache = False
     return config
 

@@ -12,7 +12,7 @@ from typer import Option
 if TYPE_CHECKING:
     from rsprune.config import Config
 
-__all__ = ["Device", "Threads", "config_of", "takes_options"]
+__all__ = ["Device", "Threads", "config_of", "configs_of", "takes_options"]
 
 Device = Annotated[str | None, Option(help="Where the model runs: cpu, cuda or auto.")]
 Threads = Annotated[int | None, Option(help="Worker threads [all that this process may use].")]
@@ -27,9 +27,17 @@ Fraction = float | None
 def run_options(
     recipe: Annotated[Path | None, Option(help="File of these options; explicit ones win.")] = None,
     method: Annotated[
-        Text, Option(help="best, admm, fista-plus, fista, sparsegpt, wanda, magnitude.")
+        Text,
+        Option(
+            help="best, admm, fista-plus, fista, sparsegpt, wanda, magnitude; pbs2p-exact, pbs2p, "
+            "billm, arb, gptq; whole layers: flexigpt, pip, bi, taylor, perplexity, "
+            "perplexity-greedy, random."
+        ),
     ] = None,
     pattern: Annotated[Text, Option(help="keep:of (2:4, 4:8, ...) or a sparsity (50%).")] = None,
+    bits: Annotated[
+        Fraction, Option(help="PBS2P-exact: true bits a weight; GPTQ: 2, 3 or 4.")
+    ] = None,
     scope: Annotated[Text, Option(help="Over what a sparsity counts: row or matrix.")] = None,
     allocate: Annotated[
         bool | None, Option(help="Spread a ratio over layers by measured error curves.")
@@ -37,10 +45,14 @@ def run_options(
     permute: Annotated[
         bool | None, Option(help="Permute channels so that a keep-of pattern keeps more.")
     ] = None,
+    format: Annotated[Text, Option(help="Store weights dense, or packed.")] = None,
     ignore: Annotated[
         list[str] | None, Option(help="Glob of tensors that stay dense; repeatable.")
     ] = None,
-    calibration: Annotated[Text, Option(help="Text, JSON-lines, parquet file; hub:NAME.")] = None,
+    calibration: Annotated[
+        list[str] | None,
+        Option(help="Text, JSON-lines, parquet file; hub:NAME; repeatable, interleaved."),
+    ] = None,
     calibration_field: Annotated[Text, Option(help="Field of the records with the text.")] = None,
     samples: Annotated[Number, Option(help="Calibration windows, held-out ones included.")] = None,
     seq_len: Annotated[Number, Option(help="Tokens of a window.")] = None,
@@ -52,9 +64,12 @@ def run_options(
         bool | None, Option(help="Operators see pruned earlier ones.")
     ] = None,
     correction: Annotated[Fraction, Option(help="Target dense: share of drift made up.")] = None,
+    clip_tokens: Annotated[
+        Fraction, Option(help="Massive tokens count at most so many median norms; 0: as they are.")
+    ] = None,
     refit: Annotated[bool | None, Option(help="Solve kept weights again afterwards.")] = None,
     search: Annotated[bool | None, Option(help="Search better masks afterwards.")] = None,
-    damping: Annotated[Fraction, Option(help="SparseGPT, ADMM: relative to the diagonal.")] = None,
+    damping: Annotated[Fraction, Option(help="SparseGPT, ADMM, codes: relative.")] = None,
     rho_schedule: Annotated[Text, Option(help="ADMM: published or slow.")] = None,
     budget: Annotated[Number, Option(help="Best: products with the Gram an operator.")] = None,
     warm_start: Annotated[Text, Option(help="FISTA: auto, wanda or sparsegpt.")] = None,
@@ -63,6 +78,26 @@ def run_options(
     patience: Annotated[Number, Option(help="FISTA: rounds without gain until it stops.")] = None,
     lambda_start: Annotated[
         Fraction, Option(help="FISTA: first lambda, in relative units.")
+    ] = None,
+    remove: Annotated[Text, Option(help="Depth: layers that go, a number or 20%.")] = None,
+    protect: Annotated[Text, Option(help="Depth: layers that stay at both ends, as 4,2.")] = None,
+    fold: Annotated[
+        bool | None, Option(help="Depth: fold the removed layers' linear map into the last one.")
+    ] = None,
+    pip_norm: Annotated[Text, Option(help="PIP: taylor, l1 or l2.")] = None,
+    edit_rate: Annotated[Fraction, Option(help="PIP: share of words that are edited.")] = None,
+    texts: Annotated[Number, Option(help="Depth: texts that score the layers.")] = None,
+    text_tokens: Annotated[Number, Option(help="Depth: tokens of such a text.")] = None,
+    rank: Annotated[Number, Option(help="FlexiGPT: of adapters, factors and maps.")] = None,
+    replace: Annotated[
+        Text, Option(help="FlexiGPT: what may stand in: fold,map,shared,own,svd.")
+    ] = None,
+    flexigpt_mode: Annotated[Text, Option(help="FlexiGPT: default or faithful.")] = None,
+    recover: Annotated[
+        bool | None, Option(help="FlexiGPT: fit stand-ins to the dense outputs by Adam.")
+    ] = None,
+    extend: Annotated[
+        Number, Option(help="FlexiGPT: layers to repeat, for training, instead of removing any.")
     ] = None,
     tune_block: Annotated[
         bool | None, Option(help="Fit kept weights to the dense layer's output.")
@@ -89,10 +124,24 @@ def takes_options(command: Callable[..., None]) -> Callable[..., None]:
     return command
 
 
+def configs_of(options: dict[str, Any]) -> list[Config]:
+    """As `config_of`, of every stage that the recipe lists."""
+    recipe: Path | None = options.get("recipe")
+    if recipe is None:
+        return [config_of(options)]
+    from rsprune.config import read_stages
+
+    return read_stages(recipe, _given({**options, "recipe": None}))
+
+
 def config_of(options: dict[str, Any]) -> Config:
     """Only what was given explicitly: a recipe's values win over defaults, not over options."""
     from rsprune.config import Config
 
     recipe: Path | None = options.pop("recipe")
-    given = {name: value for name, value in options.items() if value not in (None, [])}
+    given = _given(options)
     return Config.create(**given) if recipe is None else Config.from_recipe(recipe, **given)
+
+
+def _given(options: dict[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in options.items() if value not in (None, [])}

@@ -16,20 +16,29 @@ import os
 import shutil
 import socket
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 
 from rsprune import _core
-from rsprune.checkpoint import Checkpoint, named_errors, sha256
+from rsprune.checkpoint import Checkpoint, as_stored, named_errors, sha256
 from rsprune.errors import RspruneError, UsageError
+from rsprune.packing import PackedWeight, linear_of, with_settings
 
 WEIGHT_FILES = ("*.safetensors", "*.safetensors.index.json", "*.bin", "*.bin.index.json", "*.pt",
                 "*.pth", "*.ckpt", "*.gguf", "*.h5", "*.msgpack", "*.onnx")  # fmt: skip
 """Files of the input that are weights in some format: never copied to the output."""
+
+OWN_FILES = ("rsprune-report.jsonl", "rsprune-scores.html", "recipe.yaml")
+"""What a run writes about itself: never copied to the output of the next."""
+
+
+NOTHING: Mapping[str, Any] = MappingProxyType({})
 
 
 class OutputFolder:
@@ -43,6 +52,7 @@ class OutputFolder:
         self.folder = _partial(self.out)
         self.overwrite = overwrite
         self._files: dict[str, str] = {}
+        self.packed: dict[str, PackedWeight] = {}
         self.total_bytes = 0
         self.total_parameters = 0
         self.folder.mkdir(parents=True, exist_ok=True)
@@ -99,32 +109,118 @@ class OutputFolder:
         for path in found:
             shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
 
-    def keep_shard(self, file: str, source: Checkpoint, names: list[str]) -> None:
-        """Counts a shard in that an earlier run has finished."""
+    def keep_shard(
+        self,
+        file: str,
+        source: Checkpoint,
+        names: list[str],
+        renamed: Mapping[str, str] = NOTHING,
+        packed: Mapping[str, PackedWeight] = NOTHING,
+    ) -> None:
+        """Counts a shard in that is finished; arguments as in `put_shard`."""
         for name in names:
-            self._files[name] = file
-            self.total_bytes += source.tensors[name].nbytes
-            self.total_parameters += math.prod(source.tensors[name].shape)
+            info = source.tensors[name]
+            if (form := packed.get(name)) is None:
+                self._files[renamed.get(name, name)] = file
+                self.total_bytes += info.nbytes
+            else:
+                self._files |= {f"{linear_of(name)}.{part}": file for part, _, _ in form.layout}
+                self.total_bytes += form.nbytes
+                self.packed[name] = form
+            self.total_parameters += math.prod(info.shape)
 
     def put_shard(
-        self, file: str, source: Checkpoint, names: list[str], changed: dict[str, NDArray[Any]]
+        self,
+        file: str,
+        source: Checkpoint,
+        names: list[str],
+        changed: Mapping[str, NDArray[Any]],
+        renamed: Mapping[str, str] = NOTHING,
+        packed: Mapping[str, PackedWeight] = NOTHING,
+        parts: Mapping[str, dict[str, NDArray[Any]]] = NOTHING,
     ) -> dict[str, Any]:
         """Writes one shard: `changed` tensors as given, the others copied from `source`.
+
+        Args:
+            file: its name.
+            source: where the tensors are described, and lie unless they have changed.
+            names: the tensors, as `source` calls them.
+            changed: new values, by the same names, as they are stored (or would be, if they were
+                not packed).
+            renamed: what those are called in the shard that have another name there; for tensors
+                that are not packed.
+            packed: which of them are packed, and how.
+            parts: what packed ones consist of, where that is known already.
 
         Returns:
             file, bytes and sha256 of what is on disk.
         """
-        infos = [source.tensors[name] for name in names]
-        plan = [(info.name, info.dtype, list(info.shape)) for info in infos]
+        plan = []
+        for info in (source.tensors[name] for name in names):
+            if (form := packed.get(info.name)) is None:
+                plan.append((renamed.get(info.name, info.name), info.dtype, list(info.shape)))
+            else:
+                prefix = linear_of(info.name)
+                plan += [(f"{prefix}.{part}", dtype, shape) for part, dtype, shape in form.layout]
         with named_errors():
             writer = _core.ShardWriter(self.folder / file, plan, {"format": "pt"})
-            for info in infos:
-                if (new := changed.get(info.name)) is None:
-                    source.copy_into(writer, info.name)
+            for name in names:
+                called = renamed.get(name, name)
+                if (form := packed.get(name)) is not None:
+                    for part, value in (parts.get(name) or form.pack(changed[name])).items():
+                        writer.put(f"{linear_of(name)}.{part}", _bytes(value))
+                elif name in changed:
+                    writer.put(called, _bytes(changed[name]))
                 else:
-                    writer.put(info.name, new.reshape(-1).view(np.uint8))
+                    source.copy_into(writer, name, called)
             writer.finish()
-        self.keep_shard(file, source, names)
+        self.keep_shard(file, source, names, renamed, packed)
+        path = self.folder / file
+        return {"file": file, "bytes": path.stat().st_size, "sha256": sha256(path)}
+
+    def keep_tensors(
+        self,
+        file: str,
+        source: Checkpoint,
+        copied: Mapping[str, str],
+        new: Mapping[str, tuple[str, torch.Tensor]],
+    ) -> None:
+        """Counts a shard in that an earlier run has finished; arguments as in `put_tensors`."""
+        self.keep_shard(file, source, list(copied), copied)
+        for name, (_, value) in new.items():
+            self._files[name] = file
+            self.total_bytes += value.nbytes
+            self.total_parameters += value.numel()
+
+    def put_tensors(
+        self,
+        file: str,
+        source: Checkpoint,
+        copied: Mapping[str, str],
+        new: Mapping[str, tuple[str, torch.Tensor]],
+    ) -> dict[str, Any]:
+        """Writes one shard with tensors that no checkpoint has.
+
+        Args:
+            file: its name.
+            source: where copied tensors come from.
+            copied: what `source` calls a tensor -> what the shard calls it.
+            new: what the shard calls a tensor -> its dtype on disk and its value.
+
+        Returns:
+            file, bytes and sha256 of what is on disk.
+        """
+        infos = [source.tensors[name] for name in copied]
+        plan = [(copied[info.name], info.dtype, list(info.shape)) for info in infos]
+        plan += [(name, dtype, list(value.shape)) for name, (dtype, value) in new.items()]
+        with named_errors():
+            writer = _core.ShardWriter(self.folder / file, plan, {"format": "pt"})
+            for name, called in copied.items():
+                source.copy_into(writer, name, called)
+            for name, (_, value) in new.items():
+                writer.put(name, _bytes(as_stored(value, value.dtype)))
+            writer.finish()
+        self.keep_tensors(file, source, copied, new)
         path = self.folder / file
         return {"file": file, "bytes": path.stat().st_size, "sha256": sha256(path)}
 
@@ -137,6 +233,13 @@ class OutputFolder:
                 shutil.copyfile(source / relative, target)
             except OSError as error:
                 raise RspruneError(f"{target}: copy of {relative}: {error.strerror}") from None
+
+    def write_config(self) -> None:
+        """Says in config.json which weights are packed; a source's own word on that goes."""
+        path = self.folder / "config.json"
+        text = path.read_text("utf-8")
+        if (configured := with_settings(text, self.packed)) != text:
+            self.write_text(path.name, configured)
 
     def write_text(self, name: str, text: str) -> None:
         """Writes a small file by temporary file and rename."""
@@ -157,12 +260,12 @@ class OutputFolder:
         if self.out.exists() and not self.overwrite:
             raise UsageError(f"output {self.out}: has appeared since this run began; move it away")
         for path in [*self.folder.rglob("*"), self.folder]:
-            _sync(path)
+            sync(path)
         if self.out.exists():
             self._replace()
         else:
             os.rename(self.folder, self.out)
-        _sync(self.out.parent)
+        sync(self.out.parent)
 
     def _replace(self) -> None:
         """Both names change places at once; by two renames where the file system cannot."""
@@ -202,7 +305,7 @@ def other_files(source: Path) -> list[Path]:
         hidden = any(part.startswith(".") for part in relative.parts)
         if path.is_dir() or hidden or any(path.match(p) for p in WEIGHT_FILES):
             continue
-        if path.name in ("rsprune-report.jsonl", "recipe.yaml"):
+        if path.name in OWN_FILES:
             continue
         if not path.is_file():
             raise UsageError(f"{path}: expected a file to copy, found a pipe or a broken link")
@@ -236,7 +339,12 @@ def check_output(out: Path, *sources: Path, overwrite: bool) -> None:
         )
 
 
-def _sync(path: Path) -> None:
+def _bytes(array: NDArray[Any]) -> NDArray[np.uint8]:
+    """What the writer takes."""
+    return np.ascontiguousarray(array).reshape(-1).view(np.uint8)
+
+
+def sync(path: Path) -> None:
     """Makes a file, or the names in a folder, durable."""
     descriptor = os.open(path, os.O_RDONLY)
     try:

@@ -22,6 +22,7 @@ from torch import Tensor, nn
 
 from rsprune import _core
 from rsprune.blocks import LayerStructure, Stage
+from rsprune.clip import clip_tokens
 from rsprune.experts import ExpertLinear
 from rsprune.layer_path import LayerPath, as_rows, run_layer, with_parameters
 from rsprune.scratch import Scratch
@@ -152,6 +153,8 @@ def consumer_sums(
     couplings: Sequence[Coupling],
     windows: int,
     threads: int,
+    *,
+    clip: float,
     spill: Path | None,
 ) -> dict[str, _core.Statistics]:
     """Sums over the first windows of the inputs of every coupling's consumer."""
@@ -160,5 +163,6 @@ def consumer_sums(
     sums = {group.linears[0]: _core.Statistics(group.width, spill=spill) for group in groups}
     for window in range(windows):
         for group, caught in path.inputs(window, Stage(tuple(groups))).items():
-            sums[group.linears[0]].add(as_rows(caught), threads=threads)
+            rows = as_rows(clip_tokens(caught, None, clip)[0])
+            sums[group.linears[0]].add(rows, threads=threads)
     return sums

@@ -22,6 +22,7 @@ from rsprune.memory import memory_limit
 from rsprune.memory_plan import fit, memory_parts, pruned_bytes
 from rsprune.methods.base import Inputs
 from rsprune.output import finished_bytes, free_bytes
+from rsprune.packing import planned_bytes
 from rsprune.skeleton import Skeleton
 from rsprune.stream import Opening, Stream
 from rsprune.unused import unused_options
@@ -72,24 +73,17 @@ class Prepared:
     inputs: Inputs
 
 
-def make_plan(model: str | Path, config: Config, out: Path | None = None) -> Plan:
-    """Says what `compress` would do, and refuses what it would refuse.
+def prepare(folder: Path, config: Config, out: Path | None) -> Prepared:
+    """Opens the checkpoint and plans the run of a method that prunes weights.
 
     Args:
-        model: folder, hub id or GGUF file.
+        folder: of the model.
         config: the options.
         out: where the output would lie, to look at its disk.
 
     Raises:
         UsageError: naming the tensor or option, what was expected and what was found.
     """
-    from rsprune.sources import resolve
-
-    return prepare(resolve(str(model)), config, out).plan
-
-
-def prepare(folder: Path, config: Config, out: Path | None) -> Prepared:
-    """Opens the checkpoint and plans the run; see `make_plan`."""
     method = methods.get(config.method)
     inputs = methods.inputs_of(method, config)
     pattern = parse_pattern(config)
@@ -97,9 +91,13 @@ def prepare(folder: Path, config: Config, out: Path | None) -> Prepared:
     skeleton = Skeleton(
         checkpoint, device=config.device, trust_remote_code=config.trust_remote_code
     )
+    skeleton.refuse_replaced()
     stream = Stream(skeleton)
     opening = stream.open(config.seq_len)
     operators, ignored = _operators(skeleton, opening, config, pattern)
+    notes = list(unused_options(config, inputs))
+    if isinstance(method, methods.Binarizer):
+        notes += method.check_shapes([(o.rows, o.columns) for o in operators], config)
     memory = memory_parts(skeleton, opening, inputs, config, operators)
     limit = config.memory or memory_limit()
     peak, spill = fit(memory, limit)
@@ -109,14 +107,14 @@ def prepare(folder: Path, config: Config, out: Path | None) -> Prepared:
         layers=len(skeleton.layers),
         operators=operators,
         ignored=ignored,
-        output_bytes=sum(t.nbytes for t in checkpoint.tensors.values()),
+        output_bytes=_output_bytes(checkpoint, operators, config, pattern),
         disk_free=free_bytes(out or folder),
         memory=list(memory.items()),
         peak_bytes=peak,
         memory_limit=limit,
         spill=spill,
         passes=_passes(inputs, config),
-        warnings=[*_warnings(skeleton, operators, config), *unused_options(config, inputs)],
+        warnings=[*_warnings(skeleton, operators, config), *notes],
     )
     scratch = 2 * pruned_bytes(skeleton, operators, experts=True)
     _check_disk(plan, out, scratch + sum(memory[name] for name in spill))
@@ -125,7 +123,10 @@ def prepare(folder: Path, config: Config, out: Path | None) -> Prepared:
 
 def parse_pattern(config: Config) -> _core.Pattern:
     """The pattern of the configuration, with the method's scope unless the user chose one."""
-    scope = config.scope or methods.get(config.method).scope
+    method = methods.get(config.method)
+    if isinstance(method, methods.Binarizer):
+        return _core.Pattern(method.check(config), method.scope)
+    scope = config.scope or method.scope
     if config.allocate:
         if ":" in config.pattern:
             raise UsageError(
@@ -172,6 +173,19 @@ def _operators(
     return operators, ignored
 
 
+def _output_bytes(
+    checkpoint: Checkpoint, operators: list[Operator], config: Config, pattern: _core.Pattern
+) -> int:
+    """Of all tensors as they will be stored, or somewhat more: formats are chosen by values."""
+    total = sum(tensor.nbytes for tensor in checkpoint.tensors.values())
+    if config.format == "dense" or config.allocate:  # zeros are known in sum only
+        return total
+    for operator in operators:
+        shape, dense = (operator.rows, operator.columns), checkpoint.tensors[operator.name].nbytes
+        total += planned_bytes(operator.dtype, shape, config.pattern, pattern.sparsity) - dense
+    return total
+
+
 def _check_tensor(info: TensorInfo, shape: tuple[int, ...], pattern: _core.Pattern) -> None:
     if info.shape != shape:
         raise UsageError(
@@ -208,6 +222,8 @@ def _passes(inputs: Inputs, config: Config) -> str:
         parts[-1] += " + 1 partial" if inputs.true_sequential else " + 1 whole"
     if config.allocate:
         parts.append("budget a few windows 4 times")
+    elif config.method in ("pbs2p", "pbs2p-exact"):
+        parts.append("choice of codes a few windows once")
     if config.tune_block:
         # A backward pass takes as long as two forward ones.
         passes = 3 * config.tune_steps * config.tune_batch / config.samples

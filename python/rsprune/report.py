@@ -1,7 +1,7 @@
 """`rsprune-report.jsonl`: what a run did, one JSON object a line, written as the run goes.
 
-Each line has a `kind`: run, allocation, tensor, layer, file or summary. Of repeated lines the last
-one counts. A report without its summary belongs to an unfinished run.
+Each line has a `kind`: run, allocation, removal, tensor, layer, file or summary. Of repeated lines
+the last one counts. A report without its summary belongs to an unfinished run.
 """
 
 from __future__ import annotations
@@ -19,12 +19,24 @@ from rsprune.errors import RspruneError
 __all__ = ["REPORT_NAME", "Journal", "KindRow", "Report", "by_kind", "load_report"]
 
 REPORT_NAME = "rsprune-report.jsonl"
-KINDS = ("run", "allocation", "tensor", "layer", "file", "summary")
-KEYS = {"tensor": "name", "layer": "layer", "file": "file"}  # what tells two lines of a kind apart
+DENSE = "dense"
+"""The format of a weight that is not packed."""
+KINDS = ("run", "allocation", "removal", "tensor", "layer", "file", "summary")
+KEYS = {
+    "tensor": "name",
+    "layer": "layer",
+    "file": "file",
+    "removal": "iteration",
+}  # what tells two lines of a kind apart
 TYPES: dict[str, tuple[type, ...]] = {
-    **dict.fromkeys(("name", "file", "dtype", "pattern", "scope", "sha256"), (str,)),
+    **dict.fromkeys(("name", "file", "dtype", "pattern", "scope", "sha256", "format"), (str,)),
     "shape": (list,),
+    "scores": (dict,),
     "bytes": (int,),
+    "stored_bytes": (int,),
+    "true_bits": (float, int),
+    "nominal_bits": (float, int),
+    "packed_bits": (float, int),
     "sparsity": (float, int),
 }
 """What a value must be, wherever it stands: a report is read from folders of strangers."""
@@ -59,8 +71,8 @@ class Journal:
         length = self.path.stat().st_size
         try:
             self._append(line.encode() + b"\n")
-            if kind == "layer":
-                os.fsync(self._file.fileno())  # from now on its shard counts
+            if kind in ("layer", "removal"):
+                os.fsync(self._file.fileno())  # from now on its shard, or its scores, count
         except OSError as error:
             self._file.truncate(length)
             raise RspruneError(f"{self.path}: write of a {kind} line: {error.strerror}") from None
@@ -113,6 +125,34 @@ class Report:
     folder: Path
     files: list[Record] = field(default_factory=list)
     allocation: Record | None = None
+    removals: list[Record] = field(default_factory=list)
+
+    @property
+    def packed(self) -> bool:
+        """Whether a weight is stored in a form that only rsprune reads."""
+        return any((record.get("format") or DENSE) != DENSE for record in self.tensors)
+
+    @property
+    def bits(self) -> str | None:
+        """Bits of a weight that are really stored; None where the report is older than that.
+
+        Nominal bits are those that a method is named after: what it counts of a weight.
+        """
+        linears = true_bits(self.tensors)
+        if linears is None:
+            return None
+        text = f"{linears:.3f} of the pruned linears"
+        parameters = (self.summary or {}).get("parameters")
+        if parameters:
+            whole = sum(record.get("bytes") or 0 for record in [*self.layers, *self.files])
+            text += f", {whole * 8 / parameters:.3f} of the whole model"
+        nominal = _mean_bits(self.tensors, "nominal_bits")
+        return text if nominal is None else f"{text} (nominally {nominal:.3f} of the linears)"
+
+    @property
+    def packed_bits(self) -> float | None:
+        """Bits a weight of all tensors together, packed, everything counted; None if not coded."""
+        return _mean_bits(self.tensors, "packed_bits")
 
     @property
     def few_tokens(self) -> str | None:
@@ -144,10 +184,10 @@ def load_report(folder: str | Path) -> Report:
         found[kind][record[KEYS[kind]] if kind in KEYS else None] = record
     if not found["run"]:
         raise RspruneError(f"{path}: expected a record of kind run, found none in {len(records)}")
-    tensors, layers, files = (list(found[kind].values()) for kind in KEYS)
+    tensors, layers, files, removals = (list(found[kind].values()) for kind in KEYS)
     summary, allocation = found["summary"].get(None), found["allocation"].get(None)
     run = found["run"][None]
-    return Report(run, tensors, layers, summary, Path(folder), files, allocation)
+    return Report(run, tensors, layers, summary, Path(folder), files, allocation, removals)
 
 
 def read_records(path: Path) -> list[tuple[bytes, Record]]:
@@ -191,6 +231,8 @@ class KindRow:
     sparsity: float
     """Zeros over weights."""
     seconds: float
+    true_bits: float | None
+    """Stored bits of a weight, everything counted that its packed form needs."""
 
 
 def by_kind(tensors: Iterable[Mapping[str, Any]]) -> list[KindRow]:
@@ -222,7 +264,24 @@ def _row(kind: str, records: list[Mapping[str, Any]]) -> KindRow:
         heldout_error=geometric_mean(record.get("heldout_error") for record in records),
         sparsity=zeros / max(sum(sizes), 1),
         seconds=sum(record.get("seconds") or 0.0 for record in records),
+        true_bits=true_bits(records),
     )
+
+
+def true_bits(records: Iterable[Mapping[str, Any]]) -> float | None:
+    """Stored bits of a weight, over tensor records; None if one does not say."""
+    return _mean_bits(records, "true_bits")
+
+
+def _mean_bits(records: Iterable[Mapping[str, Any]], key: str) -> float | None:
+    """The mean of `key` over weights."""
+    bits = weights = 0.0
+    for record in records:
+        if record.get(key) is None or not record.get("shape"):
+            return None
+        count = math.prod(record["shape"])
+        bits, weights = bits + record[key] * count, weights + count
+    return bits / weights if weights else None
 
 
 def geometric_mean(values: Iterable[float | None]) -> float | None:

@@ -26,8 +26,10 @@ from rsprune.checkpoint import Checkpoint, sha256
 from rsprune.config import Config
 from rsprune.errors import UsageError
 from rsprune.experts import ExpertLinear
+from rsprune.output import OutputFolder
+from rsprune.packing import PackedWeight
 from rsprune.permute import Coupling, reorder
-from rsprune.report import REPORT_NAME, Record, read_records
+from rsprune.report import DENSE, REPORT_NAME, Journal, Record, read_records
 from rsprune.scratch import Scratch
 
 FREE = ("memory", "threads", "device")
@@ -38,16 +40,20 @@ def fingerprint(
     checkpoint: Checkpoint, windows: Tensor, config: Config, threads: int, device: str
 ) -> dict[str, Any]:
     """What must agree for two runs to give the same bytes, by the part that an error names."""
-    options = {k: v for k, v in config.model_dump(mode="json").items() if k not in FREE}
     return {
         **versions(),
         "instruction set": _core.kernel_name(),
         "threads": threads,
         "device": device,
         "calibration tokens": hashlib.sha256(windows.numpy().tobytes()).hexdigest(),
-        "options": options,
+        "options": options_of(config),
         "model files": model_hashes(checkpoint),
     }
+
+
+def options_of(config: Config) -> dict[str, Any]:
+    """The options that a result depends on."""
+    return {k: v for k, v in config.model_dump(mode="json").items() if k not in FREE}
 
 
 def versions() -> dict[str, str]:
@@ -100,6 +106,37 @@ def _plain(value: Any) -> Any:
     return json.loads(json.dumps(value))
 
 
+def take_up(
+    output: OutputFolder, own: dict[str, Any], first: Record, *, restart: bool
+) -> tuple[Journal, list[Record]]:
+    """Opens the journal: a new one, or that of the unfinished run that lies there.
+
+    Args:
+        output: its folder is cleared where nothing is gone on with.
+        own: the fingerprint of this run.
+        first: fields of the first line of a new journal.
+        restart: whether what lies there is discarded.
+
+    Returns:
+        The journal, and the lines of an earlier run that still count; none for a new one.
+
+    Raises:
+        UsageError: another run lies there.
+    """
+    folder, records = output.folder, []
+    if not restart and (folder / REPORT_NAME).exists():
+        Journal(folder).close()  # cuts a torn line
+        records = [record for _, record in read_records(folder / REPORT_NAME)]
+    if not records:
+        output.clear()
+        journal = Journal(folder)
+        journal.write("run", **first, fingerprint=own)
+        return journal, []
+    check_fingerprint(output.out, records[0].get("fingerprint", {}), own)
+    kept = rewind(folder, finished(folder, records))
+    return Journal(folder), [record for record in kept if record["kind"] != "run"]
+
+
 def finished(folder: Path, records: list[Record]) -> int:
     """How many layers, from the first on, are finished and whole on disk."""
     layers = {r["layer"]: r for r in records if r["kind"] == "layer"}
@@ -123,20 +160,37 @@ def rewind(folder: Path, layers: int) -> list[Record]:
     kept = [
         (line, record)
         for line, record in read_records(path)
-        if record["kind"] in ("run", "allocation") or record.get("layer", layers) < layers
+        if record["kind"] in ("run", "allocation", "removal")
+        or record.get("layer", layers) < layers
     ]
     _core.write_file(path, b"".join(line + b"\n" for line, _ in kept))
     return [record for _, record in kept]
 
 
+def packed_in(records: list[Record], layer: int) -> dict[str, PackedWeight]:
+    """The packed weights of a finished layer, from the lines of its tensors."""
+    found = {}
+    for record in records:
+        if record["layer"] == layer and record["format"] != DENSE:
+            rows, columns = record["shape"]
+            found[record["name"]] = PackedWeight(record["format"], record["dtype"], (rows, columns))
+    return found
+
+
 def replay(
-    job: LayerJob, shard: Path, names: Mapping[str, str], record: Record, scratch: Scratch | None
+    job: LayerJob,
+    shard: Path,
+    packed: Mapping[str, PackedWeight],
+    names: Mapping[str, str],
+    record: Record,
+    scratch: Scratch | None,
 ) -> None:
     """Runs a finished layer over all windows again, as it was run when it was pruned.
 
     Args:
         job: the layer's way through the windows, its dense weights in memory.
         shard: what the layer was stored as.
+        packed: which of its weights are packed, and how.
         names: parameter name in the layer -> on-disk name.
         record: the layer's line in the journal.
         scratch: keeps permuted and stored weights of experts; None where the layer has none.
@@ -146,7 +200,7 @@ def replay(
             tuple(moved["producers"]), moved["consumer"], moved["segment"], moved["repeats"]
         )
         reorder(job.layer, coupling, torch.tensor(moved["order"]), scratch)
-    stored = Checkpoint(shard.parent, {shard.name: _core.Shard(shard)})
+    stored = Checkpoint(shard.parent, {shard.name: _core.Shard(shard)}, packed)
 
     def value(name: str) -> Tensor:
         tensor = stored.read(names[name])

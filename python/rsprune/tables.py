@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+import math
+from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from rich import box
@@ -12,19 +13,23 @@ from rich.text import Text
 
 from rsprune.errors import one_line
 from rsprune.progress import duration
-from rsprune.report import Report, by_kind, kind_of
+from rsprune.report import DENSE, Report, by_kind, kind_of
 
 if TYPE_CHECKING:
     from rsprune.estimate import Stage
+    from rsprune.gguf_export import Exported
     from rsprune.inspect import TensorFacts, Totals
     from rsprune.plan import Operator, Plan
 
 __all__ = [
     "certificate_table",
+    "export_table",
     "inspect_table",
     "new_table",
     "pairs_table",
     "plan_table",
+    "removal_table",
+    "score_table",
     "size",
     "stage_table",
     "summary_table",
@@ -35,26 +40,54 @@ def certificate_table(report: Report, *, every: bool = False) -> Table:
     """Errors and sparsity: one row per operator kind, or with `every` one per tensor."""
     if every:
         return _every_tensor(report)
-    table = new_table("operator", "tensors", "error", "held-out", "zeros", "time")
+    table = new_table("operator", "tensors", "bits", "error", "held-out", "zeros", "time")
     for row in by_kind(report.tensors):
         errors = _number(row.error), _number(row.heldout_error)
         zeros, seconds = f"{row.sparsity:.1%}", duration(row.seconds)
-        table.add_row(_name(row.kind), str(row.count), *errors, zeros, seconds)
-    table.caption = "errors: geometric mean over the layers"
+        count, bits = str(row.count), _bits(row.true_bits)
+        table.add_row(_name(row.kind), count, bits, *errors, zeros, seconds)
+    table.caption = "bits: stored, of a weight; errors: geometric mean over the layers"
     if report.few_tokens:
         table.caption += f"\n{report.few_tokens}"
     return table
 
 
+def removal_table(report: Report) -> Table:
+    """Layers that went, in their order, each with its score and the lowest of those that stayed."""
+    table = new_table("iteration", "removed layer", "score", "next lowest", "time")
+    for record in report.removals:
+        scores = dict(record["scores"])
+        score = scores.pop(str(record["removed"]), None)
+        following = _significant(min(scores.values(), default=None))
+        row = str(record["removed"]), _significant(score), following, duration(record["seconds"])
+        table.add_row(str(record["iteration"] + 1), *row)
+    folds = [record["fold"] for record in report.layers if "fold" in record]
+    folded = sum("after" in fold for fold in folds)
+    table.caption = f"maps folded for {folded} of {len(folds)} removed spans" if folds else None
+    return table
+
+
+def score_table(scores: Mapping[str, Mapping[int, float]]) -> Table:
+    """A row a decoder layer, a column a metric."""
+    table = new_table("layer", *scores)
+    for index in sorted({index for values in scores.values() for index in values}):
+        table.add_row(str(index), *(_significant(values.get(index)) for values in scores.values()))
+    return table
+
+
+def _significant(value: float | None) -> str:
+    return "-" if value is None else f"{value:.5g}"
+
+
 def _every_tensor(report: Report) -> Table:
-    table = new_table("tensor", "error", "held-out", "zeros", "pattern", "tokens", "time")
+    table = new_table("tensor", "bits", "error", "held-out", "zeros", "pattern", "tokens")
     table.caption = report.few_tokens
     for record in report.tensors:
         errors = _number(record.get("error")), _number(record.get("heldout_error"))
         zeros = f"{record.get('sparsity') or 0.0:.1%}"
-        seconds = duration(record.get("seconds"))
         pattern, tokens = str(record.get("pattern")), str(record.get("tokens", "-"))
-        table.add_row(_name(record["name"]), *errors, zeros, pattern, tokens, seconds)
+        bits = _bits(record.get("true_bits"))
+        table.add_row(_name(record["name"]), bits, *errors, zeros, pattern, tokens)
     return table
 
 
@@ -64,8 +97,10 @@ def summary_table(report: Report) -> Table:
     if summary is None:
         return pairs_table([("run", "unfinished: the report has no summary")])
     seconds = summary.get("seconds") or {}
-    rows = [(stage, duration(value)) for stage, value in seconds.items()]
-    rows.append(("passes per layer", _plain(summary.get("passes_per_layer"))))
+    rows = [("bits per weight", report.bits)] if report.bits else []
+    rows += [(stage, duration(value)) for stage, value in seconds.items()]
+    if "passes_per_layer" in summary:
+        rows.append(("passes per layer", _plain(summary["passes_per_layer"])))
     rows.append(("peak memory (anonymous)", size(summary.get("peak_rss_anon"))))
     rows.append(("  held by the imports", size(summary.get("import_rss_anon"))))
     rows.append(("written", size(summary.get("bytes_written"))))
@@ -85,18 +120,21 @@ def inspect_table(
     for fact in facts:
         kind = fact.name if every else kind_of(fact.name)
         pattern = _pattern_class(fact, every)
-        groups.setdefault((kind, fact.dtype, fact.shape, pattern), []).append(fact)
-    for (kind, dtype, shape, pattern), members in groups.items():
+        form = fact.format.partition(" ")[0]
+        groups.setdefault((kind, fact.dtype, fact.shape, pattern, form), []).append(fact)
+    for (kind, dtype, shape, pattern, form), members in groups.items():
         zeros = sum(member.sparsity for member in members) / len(members)
+        weights = sum(math.prod(member.shape) for member in members)
+        nbytes = sum(member.nbytes for member in members)
         table.add_row(
             _name(kind),
             "" if every else f"{len(members)}x",
-            dtype,
+            dtype if form == DENSE else form,
             "x".join(map(str, shape)) or "scalar",
             pattern,
             f"{zeros:.1%}",
-            size(sum(member.nbytes for member in members)),
-            f"{members[0].bits_per_weight:g}",
+            size(nbytes),
+            f"{nbytes * 8 / max(weights, 1):.4g}",
         )
     return Group(table, Text(_total_line(total)))
 
@@ -110,10 +148,27 @@ def _pattern_class(fact: TensorFacts, every: bool) -> str:
 
 def _total_line(total: Totals) -> str:
     share = total.zeros / max(total.weights, 1)
+    packed = "" if total.packed_bits is None else f"{total.packed_bits:.3f} of packed linears, "
     return (
+        f"bits per weight on disk: {packed}{total.bits_per_weight:.3f} of all files\n"
         f"{total.tensors} tensors, {total.weights:,} weights, {share:.1%} zeros, "
-        f"{size(total.file_bytes)} of files,\n{total.bits_per_weight:.3f} bits per weight on disk"
+        f"{size(total.file_bytes)} of files"
     )
+
+
+def export_table(found: Exported) -> RenderableType:
+    """What a GGUF file holds, by kind of tensor and type."""
+    table = new_table("tensor", "", "type", "size")
+    groups: dict[tuple[str, str], list[int]] = {}
+    for part in found.parts:
+        groups.setdefault((kind_of(part.name), part.kind), []).append(part.nbytes)
+    for (kind, stored), nbytes in groups.items():
+        table.add_row(_name(kind), f"{len(nbytes)}x", stored, size(sum(nbytes)))
+    table.caption = (
+        f"{found.path}: {size(found.nbytes)}, {found.bits_per_weight:.3f} bits per weight; "
+        f"{found.rounded:,} values rounded, by at most {found.largest_change:.2g}"
+    )
+    return table
 
 
 def plan_table(plan: Plan) -> RenderableType:
@@ -130,7 +185,8 @@ def plan_table(plan: Plan) -> RenderableType:
     memory.append(("memory, at the peak", size(plan.peak_bytes)))
     memory.append(("memory, the limit", size(plan.memory_limit)))
     warnings = [Text(f"warning: {line}", style="yellow") for line in plan.warnings]
-    return Group(pairs_table(facts), _operators(plan.operators), pairs_table(memory), *warnings)
+    operators = [_operators(plan.operators)] if plan.operators else []
+    return Group(pairs_table(facts), *operators, pairs_table(memory), *warnings)
 
 
 def stage_table(stages: Sequence[Stage]) -> RenderableType:
@@ -196,6 +252,10 @@ def new_table(first: str, *others: str) -> Table:
 
 def _name(name: str) -> Text:
     return Text(one_line(name))  # not markup: a name may hold brackets
+
+
+def _bits(value: float | None) -> str:
+    return "-" if value is None else f"{value:.4g}"
 
 
 def _number(value: float | None) -> str:

@@ -8,14 +8,16 @@ import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from rsprune import _core
-from rsprune.errors import RspruneError
+from rsprune.checkpoint import Checkpoint, TensorInfo
+from rsprune.errors import RspruneError, UsageError
 from rsprune.inspect import count_zeros, matrix_view
-from rsprune.report import REPORT_NAME, Record, Report, load_report
+from rsprune.packing import linear_of
+from rsprune.report import DENSE, REPORT_NAME, Record, Report, load_report
 
 __all__ = ["Problem", "verify"]
 
@@ -60,7 +62,7 @@ def verify(folder: str | Path, *, allow_plain: bool = False) -> list[Problem]:
     folder = Path(folder)
     if not folder.is_dir():
         raise RspruneError(f"{folder}: expected a folder, found none")
-    index, problems = _open_index(folder)
+    checkpoint, problems = _open_checkpoint(folder)
     problems += _leftovers(folder)
     problems += _config(folder)
     problems += _tokenizer(folder)
@@ -72,18 +74,22 @@ def verify(folder: str | Path, *, allow_plain: bool = False) -> list[Problem]:
     if report is not None:
         problems += _unfinished(report)
         problems += _files(report)
-        problems += _tensors(report, index)
-    if index and not any(problem.where == "config.json" for problem in problems):
+        problems += _tensors(report, checkpoint)
+    elif checkpoint is not None:
+        problems += _packed(checkpoint)
+    if checkpoint and not any(problem.where == "config.json" for problem in problems):
         problems += _architecture(folder)
     return problems
 
 
-def _open_index(folder: Path) -> tuple[dict[str, str], list[Problem]]:
-    """Tensor -> file; opening it validates the header of every shard."""
+def _open_checkpoint(folder: Path) -> tuple[Checkpoint | None, list[Problem]]:
+    """Opening validates the header of every shard, and that all parts of packed weights are there:
+    what is missing would be initialised at random.
+    """
     try:
-        return _core.checkpoint_index(folder), []
-    except (OSError, ValueError, KeyError) as error:
-        return {}, [Problem("weights", "a complete checkpoint", str(error))]
+        return Checkpoint.open(folder), []
+    except UsageError as error:
+        return None, [Problem("weights", "a complete checkpoint", str(error))]
 
 
 def _leftovers(folder: Path) -> Iterator[Problem]:
@@ -147,46 +153,58 @@ def _files(report: Report) -> Iterator[Problem]:
                 yield Problem(name, f"sha256 {record['sha256']}", digest)
 
 
-def _tensors(report: Report, index: dict[str, str]) -> Iterator[Problem]:
+def _tensors(report: Report, checkpoint: Checkpoint | None) -> Iterator[Problem]:
     """Every tensor that the report says was pruned, one in memory at a time."""
-    by_file: dict[str, list[Record]] = {}
+    if checkpoint is None:
+        return
     for record in report.tensors:
-        if record["name"] in index:
-            by_file.setdefault(index[record["name"]], []).append(record)
+        name, packed = record["name"], checkpoint.packed.get(record["name"])
+        expected, found = record.get("format") or DENSE, packed.format if packed else DENSE
+        if name in checkpoint.tensors and expected == found:
+            yield from _tensor(checkpoint, record)
+        elif expected == DENSE and found == DENSE:
+            yield Problem(name, "a tensor of the checkpoint", "none")
         else:
-            yield Problem(record["name"], "a tensor of the checkpoint", "none")
-    for file, records in by_file.items():
-        shard = _core.Shard(report.folder / file)
-        stored = {name: (dtype, shape) for name, dtype, shape, _ in shard.tensors()}
-        for record in records:
-            dtype, shape = stored[record["name"]]
-            yield from _tensor(shard, record, dtype, list(shape))
+            yield Problem("config.json", f"{expected} for {linear_of(name)}", found)
 
 
-def _tensor(shard: _core.Shard, record: Record, dtype: str, shape: list[int]) -> Iterator[Problem]:
-    name = record["name"]
-    if list(record.get("shape") or []) != shape:
-        yield Problem(name, f"shape {record.get('shape')}", f"{shape}")
+def _packed(checkpoint: Checkpoint) -> Iterator[Problem]:
+    """Packed weights of which no report says more than that they are packed."""
+    for name in checkpoint.packed:
+        try:
+            checkpoint.raw(name)
+        except RspruneError as error:
+            yield Problem(name, "parts that can be unpacked", str(error))
+
+
+def _tensor(checkpoint: Checkpoint, record: Record) -> Iterator[Problem]:
+    name, info = record["name"], checkpoint.tensors[record["name"]]
+    if list(record.get("shape") or []) != list(info.shape):
+        yield Problem(name, f"shape {record.get('shape')}", f"{list(info.shape)}")
         return
-    if record.get("dtype") != dtype:
-        yield Problem(name, f"dtype {record.get('dtype')}", dtype)
+    if record.get("dtype") != info.dtype:
+        yield Problem(name, f"dtype {record.get('dtype')}", info.dtype)
         return
-    raw = shard.map(name)
-    weights = math.prod(shape)
-    zeros, _ = count_zeros(np.frombuffer(memoryview(raw), np.uint8), dtype, weights, 0)
+    try:
+        raw = checkpoint.raw(name)
+    except RspruneError as error:
+        yield Problem(name, "parts that can be unpacked", str(error))
+        return
+    weights = math.prod(info.shape)
+    zeros, _ = count_zeros(raw, info.dtype, weights, 0)
     expected = record.get("sparsity")
     if expected is not None and abs(expected * weights - zeros) > 0.5:
         yield Problem(name, f"sparsity {expected:.6f}", f"{zeros / weights:.6f}")
-    yield from _pattern(record, raw, dtype, shape)
+    yield from _pattern(record, raw, info)
 
 
-def _pattern(record: Record, raw: Any, dtype: str, shape: list[int]) -> Iterator[Problem]:
+def _pattern(record: Record, raw: NDArray[np.uint8], info: TensorInfo) -> Iterator[Problem]:
     text = record.get("pattern")
     if not text:
         return
     try:
         pattern = _core.Pattern(text, record.get("scope") or "row")
-        holds = pattern.holds(matrix_view(raw, dtype, shape), dtype)
+        holds = pattern.holds(matrix_view(raw, info.dtype, info.shape), info.dtype)
     except ValueError as error:
         yield Problem(record["name"], f"pattern {text}", str(error))
     else:

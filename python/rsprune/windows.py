@@ -24,6 +24,10 @@ class Split:
         return self.calibration + self.heldout
 
 
+FEW = Split(6, 2)
+"""Windows that are looked at before a run; the second part judges."""
+
+
 class Windows:
     """[count, tokens, channels] float32, in memory or in a file.
 
@@ -38,6 +42,7 @@ class Windows:
             with spill.open("wb") as file:
                 reserve(file, size * 4, f"{spill}: hidden states")
             flat = torch.from_file(str(spill), shared=True, size=size)
+        self.tokens = tokens
         self.channels = channels
         self._data = flat.reshape(count, tokens, channels)
 

@@ -1,4 +1,4 @@
-"""Writes corpus/header and corpus/index: one small file for every rule that can be broken.
+"""Writes the folders of corpus: one small file for every rule that can be broken.
 
 `accept-*` must be read and `reject-*` refused; rust/rsprune-core/tests/corpus.rs holds them to it.
 What a fuzzer finds is added by hand, under a name of the same kind.
@@ -130,9 +130,74 @@ INDICES = {
 }
 
 
+def packed(form: str, shape: tuple[int, int], *parts: list[int], dtype: str = "BF16") -> bytes:
+    """A file of `src/packed_case.rs`."""
+    line = f"{form}|{dtype}|{shape[0]}|{shape[1]}\n"
+    return line.encode() + bytes(byte for part in parts for byte in part)
+
+
+ONES = [0x80, 0x3F] * 4
+"""Four bfloat16 ones."""
+HALF = [0x00, 0x38]
+"""0.5 as an F16."""
+
+KEEP_OF = {
+    "accept-2-of-4": packed("keep-of 2:4", (1, 8), ONES, [0b1010_0110]),
+    "accept-half-a-byte": packed("keep-of 2:4", (2, 4), ONES, [0b0110, 0b0011]),
+    "accept-1-of-16": packed("keep-of 1:16", (1, 16), [1, 2, 3, 4], [0, 0x10], dtype="F32"),
+    "reject-three-bits": packed("keep-of 2:4", (1, 8), ONES, [0b1110_0110]),
+    "reject-one-bit": packed("keep-of 2:4", (1, 8), ONES, [0b1000_0110]),
+    "reject-bits-after-the-last-column": packed("keep-of 2:4", (1, 4), ONES[:4], [0b0011_0110]),
+    "reject-short-mask": packed("keep-of 2:4", (2, 8), ONES * 2, [0b1010_0110]),
+    "reject-short-values": packed("keep-of 2:4", (1, 8), ONES[:6], []),
+    "reject-long-mask": packed("keep-of 2:4", (1, 8), ONES, [0b1010_0110, 0]),
+    "reject-columns": packed("keep-of 2:4", (1, 6), ONES, [0b1010]),
+    "reject-too-many-kept": packed("keep-of 5:4", (1, 8), ONES, [0]),
+    "reject-no-rows": packed("keep-of 2:4", (0, 8)),
+    "reject-overflow": packed("keep-of 2:4", (2**62, 8), ONES, [0b1010_0110]),
+    "reject-dtype": packed("keep-of 2:4", (1, 8), ONES, [0b1010_0110], dtype="F64"),
+}
+BITMAP = {
+    "accept-four": packed("bitmap 4", (1, 9), ONES, [0b1000_0110, 1]),
+    "accept-none": packed("bitmap 0", (2, 9), [0, 0, 0, 0]),
+    "accept-a-stored-zero": packed("bitmap 1", (1, 3), [0, 0], [2]),
+    "reject-too-few-bits": packed("bitmap 4", (1, 9), ONES, [0b1000_0110, 0]),
+    "reject-too-many-bits": packed("bitmap 4", (1, 9), ONES, [0b1000_0111, 1]),
+    "reject-bits-after-the-last-column": packed("bitmap 4", (1, 9), ONES, [0b1000_0110, 2]),
+    "reject-more-than-there-are": packed("bitmap 4", (1, 3), ONES, [0b111]),
+    "reject-short-values": packed("bitmap 4", (1, 9), ONES[:2], [0b1000_0110, 1]),
+    "reject-count-overflow": packed(f"bitmap {2**63}", (2**31, 2**31), ONES, [0]),
+    "reject-negative-count": packed("bitmap -1", (1, 3), [0]),
+}
+SIGNS = {
+    "accept-2-of-8": packed("signs 2:8", (1, 16), [0b11010_00011 & 255, 3], [0b0110], HALF),
+    "accept-dense": packed("signs 8:8", (2, 8), [1, 255], HALF * 2, dtype="F32"),
+    "accept-two-blocks": packed("signs 4:4", (1, 260), [0xA5] * 32 + [5], HALF, [0, 0]),
+    "accept-scale-zero": packed("signs 2:4", (1, 4), [1], [3], [0, 0]),
+    "reject-code": packed("signs 2:8", (1, 8), [28], [1], HALF),
+    "reject-bits-after-the-last-code": packed("signs 2:8", (1, 8), [0x20], [1], HALF),
+    "reject-bits-after-the-last-sign": packed("signs 2:8", (1, 8), [0], [4], HALF),
+    "reject-infinite-scale": packed("signs 2:8", (1, 8), [0], [1], [0x00, 0x7C]),
+    "reject-scale-not-a-number": packed("signs 2:8", (1, 8), [0], [1], [0x01, 0x7C]),
+    "reject-negative-scale": packed("signs 2:8", (1, 8), [0], [1], [0x00, 0xB8]),
+    "reject-scale-minus-zero": packed("signs 2:8", (1, 8), [0], [1], [0x00, 0x80]),
+    "reject-scale-that-bfloat16-rounds": packed("signs 2:8", (1, 8), [0], [1], [0x01, 0x38]),
+    "reject-short-scales": packed("signs 4:4", (1, 260), [0xA5] * 32 + [5], HALF),
+    "reject-group-of-16": packed("signs 2:16", (1, 16), [0], [1], HALF),
+}
+
+TARGETS = {
+    "header": HEADERS,
+    "index": INDICES,
+    "keep_of": KEEP_OF,
+    "bitmap": BITMAP,
+    "signs": SIGNS,
+}
+
+
 def main() -> None:
     """Writes what is not there yet or differs."""
-    for target, files in {"header": HEADERS, "index": INDICES}.items():
+    for target, files in TARGETS.items():
         folder = CORPUS / target
         folder.mkdir(parents=True, exist_ok=True)
         for name, content in files.items():

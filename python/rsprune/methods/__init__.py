@@ -5,42 +5,65 @@ from __future__ import annotations
 from rsprune.config import Config
 from rsprune.errors import UsageError
 from rsprune.methods.admm import Admm
+from rsprune.methods.arb import ARB
 from rsprune.methods.base import Inputs, Method, Operator, Packed, Pruned, Workspace
 from rsprune.methods.best import Best
-from rsprune.methods.few_tokens import DATA_FREE, too_few
+from rsprune.methods.billm import BiLLM
+from rsprune.methods.binarizer import Binarizer
+from rsprune.methods.few_tokens import CODED, DATA_FREE, too_few
 from rsprune.methods.fista import Fista
 from rsprune.methods.fista_plus import FistaPlus
+from rsprune.methods.gptq import GPTQ
 from rsprune.methods.magnitude import Magnitude
+from rsprune.methods.pbs2p import PBS2P
+from rsprune.methods.pbs2p_exact import PBS2PExact
 from rsprune.methods.polish import WORKSPACE as POLISH
 from rsprune.methods.polish import polish
 from rsprune.methods.sparsegpt import SparseGPT
 from rsprune.methods.wanda import Wanda
 
 __all__ = [
+    "CODED",
     "DATA_FREE",
+    "DEPTH",
+    "Binarizer",
     "Inputs",
     "Method",
     "Operator",
     "Packed",
     "Pruned",
     "Workspace",
+    "differ",
     "get",
     "inputs_of",
     "names",
     "polish",
+    "removes_layers",
     "too_few",
     "workspaces",
 ]
 
 _ALL: tuple[Method, ...] = (
     Magnitude(), Wanda(), SparseGPT(), Fista(), FistaPlus(), Admm(), Best(),
+    PBS2P(), PBS2PExact(), BiLLM(), ARB(), GPTQ(),
 )  # fmt: skip
 _METHODS = {method.name: method for method in _ALL}
+
+DEPTH = ("pip", "bi", "taylor", "perplexity", "perplexity-greedy", "random", "flexigpt")
+"""Methods that remove whole decoder layers: they solve nothing, and live in `rsprune.depth`
+and, where something stands in for a layer, in `rsprune.flexi`."""
 
 
 def names() -> list[str]:
     """Names that `--method` takes."""
-    return list(_METHODS)
+    return [*_METHODS, *DEPTH]
+
+
+def removes_layers(name: str) -> bool:
+    """Whether a method removes decoder layers; raises `UsageError` for one that nobody knows."""
+    if name not in DEPTH:
+        get(name)
+    return name in DEPTH
 
 
 def get(name: str) -> Method:
@@ -48,7 +71,12 @@ def get(name: str) -> Method:
     try:
         return _METHODS[name]
     except KeyError:
-        raise UsageError(f"method {name!r}: expected one of {', '.join(_METHODS)}") from None
+        raise UsageError(f"method {name!r}: expected one of {', '.join(names())}") from None
+
+
+def differ(config: Config) -> bool:
+    """Whether operators differ in what they are pruned to, which is decided before the first is."""
+    return config.allocate or config.method in ("pbs2p", "pbs2p-exact")
 
 
 def workspaces(config: Config, columns: int) -> list[Workspace]:
@@ -70,4 +98,6 @@ def inputs_of(method: Method, config: Config) -> Inputs:
         true_sequential=(
             default.true_sequential if config.true_sequential is None else config.true_sequential
         ),
+        correction=default.correction if config.correction is None else config.correction,
+        clip_tokens=default.clip_tokens if config.clip_tokens is None else config.clip_tokens,
     )

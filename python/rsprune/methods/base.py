@@ -40,6 +40,8 @@ class Inputs:
     propagate: Literal["layer", "model"]
     target: Literal["dense", "own"]
     true_sequential: bool
+    correction: float = 1.0
+    clip_tokens: float = 0.0
 
     @property
     def needs_dense(self) -> bool:
@@ -75,11 +77,13 @@ class Workspace:
         matrices: of the weight's size; these may lie in a file.
         squares: of the Gram's size that may lie in a file: of held-out sums, mostly.
         resident: of the Gram's size that every step goes over: always in memory.
+        kept: of the weight's size that are always in memory: codes beside the values.
     """
 
     matrices: int
     squares: int
     resident: int
+    kept: int = 0
 
 
 class Method(Protocol):

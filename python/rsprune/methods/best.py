@@ -20,7 +20,9 @@ class Best:
     name = "best"
     source = "rsprune"
     scope: Literal["row", "matrix"] = "matrix"
-    inputs = Inputs(propagate="layer", target="dense", true_sequential=True)
+    inputs = Inputs(
+        propagate="model", target="dense", true_sequential=True, correction=0.25, clip_tokens=3.0
+    )
     permute = True
 
     def workspace(self, columns: int) -> Workspace:

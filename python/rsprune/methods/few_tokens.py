@@ -20,7 +20,11 @@ from __future__ import annotations
 DATA_FREE = "magnitude"
 """The rule, as the report names it."""
 
-ENOUGH = {DATA_FREE: 0.0, "wanda": 0.125}
+CODED = ("pbs2p", "pbs2p-exact", "billm", "arb", "gptq")
+"""Methods whose result has a format that magnitude's does not have: they go on with what the
+damping leaves of the Gram, which without any token is the identity."""
+
+ENOUGH = {DATA_FREE: 0.0, "wanda": 0.125, **dict.fromkeys(CODED, 0.0)}
 """Tokens per input channel that a method needs; every other one needs 1."""
 
 

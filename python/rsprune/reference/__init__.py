@@ -4,11 +4,15 @@ They exist to be read next to a paper and to be compared with; tests and documen
 them, the package itself never does.
 """
 
+from rsprune.reference import binarize
 from rsprune.reference.admm import AdmmPoint, admm
+from rsprune.reference.binarize_published import arb, billm, gptq, pbs2p
 from rsprune.reference.certificate import quadratic_error, relative_error
 from rsprune.reference.fista import FistaPoint, fista
 from rsprune.reference.fista_plus import fista_plus
+from rsprune.reference.gradient import gradient_sizes, gradient_squares
 from rsprune.reference.local_search import local_search
+from rsprune.reference.lowrank import factors, pair_distance, reduced_rank, truncated_svd
 from rsprune.reference.pattern import Pattern
 from rsprune.reference.polish import Polished, polish
 from rsprune.reference.refit import refit
@@ -27,16 +31,27 @@ __all__ = [
     "Scaled",
     "Statistics",
     "admm",
+    "arb",
+    "billm",
+    "binarize",
+    "factors",
     "fista",
     "fista_plus",
+    "gptq",
+    "gradient_sizes",
+    "gradient_squares",
     "local_search",
     "magnitude",
     "narrow",
+    "pair_distance",
+    "pbs2p",
     "polish",
     "quadratic_error",
+    "reduced_rank",
     "refit",
     "relative_error",
     "sparsegpt",
+    "truncated_svd",
     "wanda",
     "widen",
 ]

@@ -61,6 +61,11 @@ impl Buffer {
         Buffer { pages: Pages::Memory(values, first), len }
     }
 
+    /// Keeps the first `len` values; the room of the others is not given back.
+    pub fn truncate(&mut self, len: usize) {
+        self.len = self.len.min(len);
+    }
+
     fn file(folder: &Path, len: usize) -> Result<Buffer> {
         let bytes = (len * 4).max(1);
         let (path, file) = nameless(folder)?;
@@ -132,8 +137,10 @@ mod tests {
         for len in [0, 1, 15, 16, 1000] {
             for room in [Room::Memory, Room::Folder(&folder)] {
                 assert!(room.zeros(len).unwrap().iter().all(|v| *v == 0.0));
-                let copy = room.copy(&values[..len]).unwrap();
+                let mut copy = room.copy(&values[..len]).unwrap();
                 assert_eq!(copy[..], values[..len]);
+                copy.truncate(len / 2);
+                assert_eq!(copy[..], values[..len / 2]);
                 assert!((copy.as_ptr() as usize).is_multiple_of(LINE * 4));
             }
         }

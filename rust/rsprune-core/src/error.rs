@@ -47,6 +47,14 @@ pub enum Error {
     /// An option outside of its range.
     #[error("{0}")]
     Option(String),
+    /// Packed bytes that are not of their format, or a weight that has no such form.
+    #[error("{part}: {reason}")]
+    Packed {
+        /// The tensor of the format.
+        part: &'static str,
+        /// Where, what was expected and what was found.
+        reason: String,
+    },
     /// A value that is NaN or infinite.
     #[error("{what}: non-finite value at flat index {index}")]
     NonFinite {

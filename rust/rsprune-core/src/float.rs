@@ -26,6 +26,20 @@ impl Float {
         }
     }
 
+    /// The name in safetensors files.
+    pub fn name(self) -> &'static str {
+        match self {
+            Float::F32 => "F32",
+            Float::Bf16 => "BF16",
+            Float::F16 => "F16",
+        }
+    }
+
+    /// Bytes of one number.
+    pub fn size(self) -> usize {
+        if self == Float::F32 { 4 } else { 2 }
+    }
+
     /// `value` as this type would store it, round to nearest even.
     pub fn round(self, value: f32) -> f32 {
         match self {

@@ -6,6 +6,7 @@
 use crate::buffer::{Buffer, Room};
 use crate::error::{Error, Result};
 use rayon::prelude::*;
+use std::sync::Mutex;
 use std::sync::atomic::{AtomicBool, Ordering};
 
 /// Worker threads of our own, apart from rayon's global pool (which hangs after `fork`).
@@ -83,6 +84,42 @@ impl<'a> Job<'a> {
         })
     }
 
+    /// The same for work that is short beside the time in which a sleeping worker wakes: this thread
+    /// takes blocks as the others do, and a pool of one worker is left alone.
+    pub fn share_blocks<E: Send>(
+        &self,
+        data: &mut [E],
+        len: usize,
+        f: impl Fn(usize, &mut [E]) -> Result<()> + Sync,
+    ) -> Result<()> {
+        let len = len.max(1);
+        let workers = self.pool.0.current_num_threads().min(data.len().div_ceil(len));
+        let blocks = Mutex::new(data.chunks_mut(len).enumerate());
+        let work = || {
+            loop {
+                let next = blocks.lock().unwrap_or_else(|e| e.into_inner()).next();
+                let Some((i, block)) = next else { return Ok(()) };
+                self.check()?;
+                f(i, block)?;
+            }
+        };
+        if workers < 2 {
+            return work();
+        }
+        let failed = Mutex::new(Ok(()));
+        self.pool.0.in_place_scope(|scope| {
+            for _ in 1..workers {
+                scope.spawn(|_| {
+                    if let Err(error) = work() {
+                        *failed.lock().unwrap_or_else(|e| e.into_inner()) = Err(error);
+                    }
+                });
+            }
+            work()
+        })?;
+        failed.into_inner().unwrap_or_else(|e| e.into_inner())
+    }
+
     /// The same over parts of `data` of any lengths, part `i` ending at `ends[i]`.
     pub fn map_parts<E: Send, T: Send>(
         &self,
@@ -123,5 +160,35 @@ impl<'a> Job<'a> {
                 })
                 .collect()
         })
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn shared_blocks_are_all_done_and_an_error_of_any_worker_is_the_result() {
+        let cancel = AtomicBool::new(false);
+        for threads in [1, 2, 5] {
+            let pool = Pool::new(threads).unwrap();
+            let job = Job::new(&pool, &cancel);
+            let mut data = vec![0; 1003];
+            let fill = |i: usize, block: &mut [usize]| {
+                block.fill(i + 1);
+                Ok(())
+            };
+            job.share_blocks(&mut data, 10, fill).unwrap();
+            assert!(data.iter().enumerate().all(|(at, value)| *value == at / 10 + 1));
+            for bad in [0, 57, 100] {
+                let fail = |i: usize, _: &mut [usize]| match i == bad {
+                    true => Err(Error::Option(format!("block {i}"))),
+                    false => Ok(()),
+                };
+                let error = job.share_blocks(&mut data, 10, fail).unwrap_err();
+                assert_eq!(error.to_string(), format!("block {bad}"));
+            }
+            job.share_blocks(&mut data[..0], 10, fill).unwrap();
+        }
     }
 }

@@ -249,10 +249,10 @@ fn parts_and_copies_are_the_whole() {
     }
     let copy = folder.path().join("copy.safetensors");
     let mut writer = Writer::create(&copy, plan(&tensors)).unwrap();
-    assert!(matches!(writer.copy("c", &shard), Err(Error::MissingTensor { .. })));
-    writer.copy("a", &shard).unwrap();
-    assert!(writer.copy("a", &shard).unwrap_err().to_string().contains("put twice"));
-    writer.copy("b", &shard).unwrap();
+    assert!(matches!(writer.copy("c", &shard, "c"), Err(Error::MissingTensor { .. })));
+    writer.copy("a", &shard, "a").unwrap();
+    assert!(writer.copy("a", &shard, "a").unwrap_err().to_string().contains("put twice"));
+    writer.copy("b", &shard, "b").unwrap();
     writer.finish().unwrap();
     assert_eq!(fs::read(copy).unwrap(), fs::read(target(&folder)).unwrap());
 }

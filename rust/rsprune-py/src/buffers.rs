@@ -42,6 +42,15 @@ impl<'py> Stored<'py> {
         (shape[0], shape[1])
     }
 
+    /// The rows, for workers to widen one at a time.
+    pub fn rows(&self) -> PyResult<Rows<'_>> {
+        let columns = self.shape().1;
+        Ok(match self {
+            Stored::Single(a) => Rows::Single(row_major("weight", a)?, columns),
+            Stored::Half(a, float) => Rows::Half(row_major("weight", a)?, columns, *float),
+        })
+    }
+
     /// The values in f32, in `room`.
     pub fn widen(&self, room: Room) -> PyResult<Buffer> {
         match self {
@@ -51,6 +60,25 @@ impl<'py> Stored<'py> {
                 let mut values = room.zeros(bits.len()).map_err(to_py)?;
                 values.iter_mut().zip(bits).for_each(|(v, b)| *v = float.from_bits(*b));
                 Ok(values)
+            }
+        }
+    }
+}
+
+/// A weight's rows, and how many columns they have.
+pub enum Rows<'a> {
+    Single(&'a [f32], usize),
+    Half(&'a [u16], usize, Float),
+}
+
+impl Rows<'_> {
+    /// Writes row `r` to `out` in f32.
+    pub fn widen(&self, r: usize, out: &mut [f32]) {
+        match self {
+            Rows::Single(values, n) => out.copy_from_slice(&values[r * n..][..*n]),
+            Rows::Half(bits, n, float) => {
+                let row = &bits[r * n..][..*n];
+                out.iter_mut().zip(row).for_each(|(v, b)| *v = float.from_bits(*b));
             }
         }
     }

@@ -46,6 +46,17 @@ pub fn detach<T: Send>(py: Python<'_>, call: impl FnOnce() -> Result<T> + Send) 
     }
 }
 
+/// Runs a call of at most some seconds on `threads` workers, this thread among them, without the
+/// GIL. There is no thread that asks for signals: Ctrl-C is answered when the call is over.
+pub fn short<T: Send>(
+    py: Python<'_>,
+    threads: Option<usize>,
+    call: impl FnOnce(&Job) -> Result<T> + Send,
+) -> PyResult<T> {
+    let pool = pool(threads.unwrap_or_else(default_threads)).map_err(to_py)?;
+    detach(py, || call(&Job::new(&pool, &AtomicBool::new(false))))
+}
+
 /// Runs a long call on `threads` workers without the GIL; Ctrl-C cancels it.
 pub fn run<T: Send>(
     py: Python<'_>,

@@ -22,6 +22,7 @@ pub fn to_py(error: Error) -> PyErr {
         Error::Cancelled => PyKeyboardInterrupt::new_err(message),
         Error::Format { .. }
         | Error::Shape { .. }
+        | Error::Packed { .. }
         | Error::Pattern(_)
         | Error::Option(_)
         | Error::NonFinite { .. }

@@ -166,9 +166,18 @@ impl ShardWriter {
         self.with(py, |writer| Some(writer.as_mut()?.put(name, bytes)))
     }
 
-    /// Copies tensor `name` from the file `source`, a piece at a time.
-    fn copy(&self, py: Python<'_>, name: &str, source: &Shard) -> PyResult<()> {
-        self.with(py, |writer| Some(writer.as_mut()?.copy(name, &source.0)))
+    /// Copies to tensor `name` what the file `source` calls `renamed_from` (default: the same), a
+    /// piece at a time.
+    #[pyo3(signature = (name, source, *, renamed_from = None))]
+    fn copy(
+        &self,
+        py: Python<'_>,
+        name: &str,
+        source: &Shard,
+        renamed_from: Option<&str>,
+    ) -> PyResult<()> {
+        let from = renamed_from.unwrap_or(name);
+        self.with(py, |writer| Some(writer.as_mut()?.copy(name, &source.0, from)))
     }
 
     /// Makes the file durable and gives it its name. Raises if a tensor was not put; the writer

@@ -17,13 +17,13 @@ use rsprune_core::solve::{
 };
 use std::path::PathBuf;
 
-type Pruned<'py> = (Bound<'py, PyAny>, Bound<'py, PyDict>);
+pub type Pruned<'py> = (Bound<'py, PyAny>, Bound<'py, PyDict>);
 
 /// One operator as the methods take it: everything but the method's own options.
 #[derive(FromPyObject)]
-struct Operator<'py> {
-    weight: Bound<'py, PyAny>,
-    dtype: String,
+pub struct Operator<'py> {
+    pub weight: Bound<'py, PyAny>,
+    pub dtype: String,
     pattern: Py<Pattern>,
     calibration: Py<Statistics>,
     heldout: Option<Py<Statistics>>,
@@ -37,20 +37,30 @@ impl Operator<'_> {
     }
 }
 
-fn solve_with<'py>(
+/// Runs a method: the weight as it is stored, and its certificate.
+pub fn solve_with<'py>(
     py: Python<'py>,
     operator: &Operator<'py>,
     threads: Option<usize>,
     method: impl FnOnce(&Job, &Task) -> Result<Solution> + Send,
 ) -> PyResult<Pruned<'py>> {
     let solution = with_task(py, operator, threads, method)?;
+    pruned(py, operator, solution)
+}
+
+/// A solution as Python takes it.
+pub fn pruned<'py>(
+    py: Python<'py>,
+    operator: &Operator<'py>,
+    solution: Solution,
+) -> PyResult<Pruned<'py>> {
     let stored = Stored::extract(&operator.weight, &operator.dtype)?;
     let certificate = certificate_dict(py, &solution.certificate)?;
     Ok((store(py, &solution.values, stored.shape(), stored.float())?, certificate))
 }
 
 /// Checks the operator, detaches, and hands it to the core.
-fn with_task<T: Send>(
+pub fn with_task<T: Send>(
     py: Python<'_>,
     operator: &Operator<'_>,
     threads: Option<usize>,
@@ -98,6 +108,10 @@ fn certificate_dict<'py>(py: Python<'py>, c: &Certificate) -> PyResult<Bound<'py
     dict.set_item("converged", c.converged)?;
     c.damping.map_or(Ok(()), |v| dict.set_item("refit_damping", v))?;
     c.search.map_or(Ok(()), |kept| dict.set_item("search_kept", kept))?;
+    if let Some(bits) = c.bits {
+        dict.set_item("packed_bits", bits.exact)?;
+        dict.set_item("nominal_bits", bits.nominal)?;
+    }
     if !c.candidates.is_empty() {
         dict.set_item("candidates", c.candidates.clone().into_py_dict(py)?)?;
     }

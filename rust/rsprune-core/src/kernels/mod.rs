@@ -21,6 +21,13 @@ use crate::error::{Error, Result};
 /// that lie `stride` apart; the CPU has the features of the kernel.
 pub type TileFn = unsafe fn(usize, *const f32, *const f32, *mut f32, usize);
 
+/// Writes `mr` rows as `k` columns of `mr` values: `(k, rows, row_stride, out)`.
+///
+/// # Safety
+/// `rows` points at `mr` rows of `k` values that lie `stride` apart, and `out` has room for `k * mr`
+/// values; the CPU has the features of the kernel.
+pub type PanelFn = unsafe fn(usize, *const f32, usize, *mut f32);
+
 /// A tile kernel and the shape of its tile.
 #[derive(Clone, Copy)]
 pub struct Kernel {
@@ -31,6 +38,7 @@ pub struct Kernel {
     /// Columns of the register tile.
     pub nr: usize,
     tile: TileFn,
+    panel: PanelFn,
     features: Features,
 }
 
@@ -88,6 +96,14 @@ impl Kernel {
         }
     }
 
+    /// Overwrites `panel [k, mr]` with the transpose of `mr` rows of `k` values, `stride` apart.
+    #[allow(unsafe_code)] // lengths are checked here, CPU features when the kernel was listed
+    pub fn panel(&self, k: usize, rows: &[f32], stride: usize, panel: &mut [f32]) {
+        assert!(rows.len() >= (self.mr - 1) * stride + k && panel.len() >= k * self.mr);
+        // SAFETY: the assertion is the contract of `PanelFn`.
+        unsafe { (self.panel)(k, rows.as_ptr(), stride, panel.as_mut_ptr()) }
+    }
+
     /// `C[0..mr, 0..nr] += A B` on packed panels; `c` starts at the tile's corner.
     #[allow(unsafe_code)] // lengths are checked here, CPU features when the kernel was listed
     pub fn tile(&self, k: usize, a: &[f32], b: &[f32], c: &mut [f32], stride: usize) {
@@ -118,6 +134,21 @@ mod tests {
     use proptest::prelude::*;
 
     proptest! {
+        #[test]
+        fn a_panel_is_the_transpose_of_its_rows(k in 1usize..70, pad in 0usize..5) {
+            for kernel in Kernel::available() {
+                let stride = k + pad;
+                let rows: Vec<f32> = (0..(kernel.mr - 1) * stride + k).map(|i| i as f32).collect();
+                let mut panel = vec![-1.0; k * kernel.mr + 3];
+                kernel.panel(k, &rows, stride, &mut panel);
+                for (i, value) in panel.iter().enumerate() {
+                    let (p, r) = (i / kernel.mr, i % kernel.mr);
+                    let expected = if p < k { (r * stride + p) as f32 } else { -1.0 };
+                    prop_assert_eq!(*value, expected, "{}: {} {}", kernel.name, p, r);
+                }
+            }
+        }
+
         #[test]
         fn every_kernel_agrees_with_the_scalar_twin(k in 0usize..70, pad in 0usize..5, seed: u64) {
             for kernel in Kernel::available() {

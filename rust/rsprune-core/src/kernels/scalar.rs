@@ -5,8 +5,30 @@ use super::{Features, Kernel};
 const MR: usize = 4;
 const NR: usize = 8;
 
-pub(super) const KERNEL: Kernel =
-    Kernel { name: "scalar", mr: MR, nr: NR, tile, features: Features::Baseline };
+pub(super) const KERNEL: Kernel = Kernel {
+    name: "scalar",
+    mr: MR,
+    nr: NR,
+    tile,
+    panel: panel::<MR>,
+    features: Features::Baseline,
+};
+
+/// Element by element; serves every kernel that has no better way.
+#[allow(unsafe_code)] // the signature of PanelFn
+pub(super) unsafe fn panel<const MR: usize>(
+    k: usize,
+    rows: *const f32,
+    stride: usize,
+    out: *mut f32,
+) {
+    for r in 0..MR {
+        for p in 0..k {
+            // SAFETY: the caller keeps the contract of `PanelFn`.
+            unsafe { *out.add(p * MR + r) = *rows.add(r * stride + p) };
+        }
+    }
+}
 
 #[allow(unsafe_code)] // the signature of TileFn
 unsafe fn tile(k: usize, a: *const f32, b: *const f32, c: *mut f32, stride: usize) {

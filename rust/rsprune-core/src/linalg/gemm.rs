@@ -73,7 +73,7 @@ fn add_panels(
     for k0 in range.clone().step_by(K_CHUNK) {
         let k1 = (k0 + K_CHUNK).min(range.end);
         let columns = (k0 - range.start, k1 - range.start);
-        let packed = scratch.pack_rows(kernel.mr, a, rows, columns, a_stride);
+        let packed = scratch.pack_rows(kernel, a, rows, columns, a_stride);
         for j in panels.clone() {
             let panel = b.panel(j, k0, k1);
             // The next panel comes from afar: a share of it with every tile of this one.

@@ -64,7 +64,27 @@ impl GramSum {
         let columns: Vec<usize> = blocks.map(|b| self.columns(b)).collect();
         job.map_parts(&mut self.sum, &ends, |block, sum| {
             let (first, columns) = (block * BLOCK, columns[block]);
-            let product = block_product(kernel, left, right, (first, sum.len() / columns), columns);
+            let height = sum.len() / columns;
+            let product = block_product(kernel, (left, n), right, (first, height), columns);
+            kernel.vectorised(|| sum.iter_mut().zip(&product).for_each(|(s, p)| *s += p));
+            Ok(())
+        })?;
+        Ok(())
+    }
+
+    /// Adds `X^T Y` to `cross [n, right.n]`: `X` as in [`GramSum::add`], `Y` of any width.
+    pub fn add_cross(
+        &self,
+        job: &Job,
+        kernel: &Kernel,
+        left: &[f32],
+        right: &PackedB,
+        cross: &mut [f32],
+    ) -> Result<()> {
+        let columns = right.n;
+        job.map_blocks(cross, BLOCK * columns, |block, sum| {
+            let rows = (block * BLOCK, sum.len() / columns);
+            let product = block_product(kernel, (left, self.n), right, rows, columns);
             kernel.vectorised(|| sum.iter_mut().zip(&product).for_each(|(s, p)| *s += p));
             Ok(())
         })?;
@@ -89,15 +109,15 @@ impl GramSum {
     }
 }
 
-/// Rows `first..first + height` of `X^T Y`, their first `columns` columns.
-fn block_product(
+/// Rows `first..first + height` of `X^T Y`, their first `columns` columns; rows of `X` lie `n` apart.
+pub(super) fn block_product(
     kernel: &Kernel,
-    left: &[f32],
+    (left, n): (&[f32], usize),
     right: &PackedB,
     (first, height): (usize, usize),
     columns: usize,
 ) -> Vec<f32> {
-    let (n, tokens) = (right.n, right.k);
+    let tokens = right.k;
     let mut scratch = Scratch::default();
     let mut product = vec![0.0f32; height * columns];
     for t0 in (0..tokens).step_by(K_CHUNK) {

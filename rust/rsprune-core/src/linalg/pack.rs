@@ -105,17 +105,22 @@ impl Scratch {
     /// Packs columns `k0..k1` of `rows` rows (`stride` apart) into panels of `mr` rows.
     pub(super) fn pack_rows(
         &mut self,
-        mr: usize,
+        kernel: &Kernel,
         a: &[f32],
         rows: usize,
         (k0, k1): (usize, usize),
         stride: usize,
     ) -> &[f32] {
+        let mr = kernel.mr;
         let panel_len = mr * (k1 - k0);
         self.a.clear();
         self.a.resize(rows.div_ceil(mr) * panel_len, 0.0);
         for (i, panel) in self.a.chunks_exact_mut(panel_len.max(1)).enumerate() {
-            for r in 0..mr.min(rows - i * mr) {
+            if (i + 1) * mr <= rows {
+                kernel.panel(k1 - k0, &a[i * mr * stride + k0..], stride, panel);
+                continue;
+            }
+            for r in 0..rows - i * mr {
                 let row = &a[(i * mr + r) * stride..][k0..k1];
                 for (p, &v) in row.iter().enumerate() {
                     panel[p * mr + r] = v;

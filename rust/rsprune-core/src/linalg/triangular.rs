@@ -1,17 +1,16 @@
-//! `Z H = B` for many rows at once, from the reversed Cholesky factor of `H`.
+//! Upper triangular `R`: `Z R R^T = B` for many rows at once, and its inverse.
 
 use super::gemm::ROW_BLOCK;
-use crate::buffer::Buffer;
 use crate::error::Result;
+use crate::kernels::Kernel;
 use crate::par::Job;
 
-/// The rows `Z = B (R R^T)^-1` for `b [m, n]` and upper triangular `r [n, n]`.
+/// Overwrites the rows `b [m, n]` with `B (R R^T)^-1` for upper triangular `r [n, n]`.
 ///
 /// Both substitutions walk along rows of `R`: `Y R^T = B` from the last column by dot products,
 /// then `Z R = Y` from the first by row updates.
-pub fn solve_rows(job: &Job, b: &[f32], r: &[f32], n: usize) -> Result<Buffer> {
-    let mut out = job.copy(b)?;
-    job.map_blocks(&mut out, (ROW_BLOCK / 4) * n, |_, rows| {
+pub fn solve_rows(job: &Job, b: &mut [f32], r: &[f32], n: usize) -> Result<()> {
+    job.map_blocks(b, (ROW_BLOCK / 4) * n, |_, rows| {
         for row in rows.chunks_exact_mut(n) {
             for j in (0..n).rev() {
                 let r_row = &r[j * n + j..(j + 1) * n];
@@ -27,7 +26,43 @@ pub fn solve_rows(job: &Job, b: &[f32], r: &[f32], n: usize) -> Result<Buffer> {
         }
         Ok(())
     })?;
-    Ok(out)
+    Ok(())
+}
+
+/// Overwrites upper triangular `r [n, n]` with its inverse.
+///
+/// `U R = I` row by row, from the first row on: row `i` needs the rows of `R` from `i` on, so those
+/// above may be inverses already. Blocks of rows are read from a copy while they are overwritten.
+pub fn invert_upper(job: &Job, kernel: &Kernel, r: &mut [f32], n: usize) -> Result<()> {
+    const BLOCK: usize = 64;
+    const TEAM: usize = 8; // rows that share what they read of R
+    for first in (0..n).step_by(BLOCK) {
+        let last = (first + BLOCK).min(n);
+        let own = r[first * n..last * n].to_vec();
+        let (above, below) = r.split_at_mut(last * n);
+        let below = &*below;
+        let row_of = |j: usize| {
+            if j < last { &own[(j - first) * n..] } else { &below[(j - last) * n..] }
+        };
+        job.map_blocks(&mut above[first * n..], TEAM * n, |team, rows| {
+            for (k, row) in rows.chunks_exact_mut(n).enumerate() {
+                row.fill(0.0);
+                row[first + team * TEAM + k] = 1.0;
+            }
+            kernel.vectorised(|| {
+                for j in first..n {
+                    let r_row = &row_of(j)[j..n];
+                    for row in rows.chunks_exact_mut(n).filter(|row| row[j] != 0.0) {
+                        let u = row[j] / r_row[0];
+                        row[j] = u;
+                        row[j + 1..].iter_mut().zip(&r_row[1..]).for_each(|(y, r)| *y -= u * r);
+                    }
+                }
+            });
+            Ok(())
+        })?;
+    }
+    Ok(())
 }
 
 #[cfg(test)]
@@ -47,7 +82,8 @@ mod tests {
             }
         }
         let b: Vec<f32> = (0..3 * n).map(|i| (i as f32 * 0.37).sin()).collect();
-        let z = solve_rows(&Job::new(&pool, &flag), &b, &r, n).unwrap();
+        let mut z = b.clone();
+        solve_rows(&Job::new(&pool, &flag), &mut z, &r, n).unwrap();
         for row in 0..3 {
             for j in 0..n {
                 let mut sum = 0.0f64;
@@ -56,6 +92,27 @@ mod tests {
                     sum += f64::from(z[row * n + i]) * h;
                 }
                 assert!((sum - f64::from(b[row * n + j])).abs() < 1e-4);
+            }
+        }
+    }
+
+    #[test]
+    fn the_inverse_multiplies_back() {
+        let (pool, flag) = (Pool::new(2).unwrap(), AtomicBool::new(false));
+        let kernel = Kernel::select().unwrap();
+        for n in [1, 7, 64, 150] {
+            let at = |i: usize, j: usize| match i.cmp(&j) {
+                std::cmp::Ordering::Greater => 0.0f32,
+                std::cmp::Ordering::Equal => 1.5,
+                std::cmp::Ordering::Less => ((i * 5 + j * 3) % 7) as f32 * 0.02 - 0.05,
+            };
+            let mut u: Vec<f32> = (0..n * n).map(|k| at(k / n, k % n)).collect();
+            invert_upper(&Job::new(&pool, &flag), &kernel, &mut u, n).unwrap();
+            for i in 0..n {
+                for j in 0..n {
+                    let sum: f64 = (0..n).map(|k| f64::from(u[i * n + k] * at(k, j))).sum();
+                    assert!((sum - f64::from(u8::from(i == j))).abs() < 1e-4, "{n} {i} {j}");
+                }
             }
         }
     }

@@ -57,15 +57,15 @@ impl Writer {
         Ok(())
     }
 
-    /// Copies tensor `name` from `source`, a piece at a time.
-    pub fn copy(&mut self, name: &str, source: &Shard) -> Result<()> {
-        let nbytes = source.info(name)?.nbytes;
+    /// Copies to tensor `name` what `source` calls `from`, a piece at a time.
+    pub fn copy(&mut self, name: &str, source: &Shard, from: &str) -> Result<()> {
+        let nbytes = source.info(from)?.nbytes;
         let i = self.expect(name, nbytes)?;
         let offset = self.layout.infos()[i].offset;
         let mut piece = vec![0; nbytes.min(PIECE) as usize];
         for start in (0..nbytes).step_by(PIECE as usize) {
             let piece = &mut piece[..(nbytes - start).min(PIECE) as usize];
-            source.read_part(name, start, piece)?;
+            source.read_part(from, start, piece)?;
             self.temp.write_at(piece, offset + start, &format!("tensor {name:?}"))?;
         }
         self.done[i] = true;

@@ -49,6 +49,17 @@ pub struct Certificate {
     pub search: Option<bool>,
     /// The candidates of a method that chooses among methods, with what each was judged by.
     pub candidates: Vec<(&'static str, f64)>,
+    /// Bits a weight of a binarizing method, everything counted, and as its paper counts.
+    pub bits: Option<Bits>,
+}
+
+/// What a weight takes when it is packed.
+#[derive(Clone, Copy, Debug)]
+pub struct Bits {
+    /// Bits in the file over weights.
+    pub exact: f64,
+    /// What papers count: signs alone, or a code's width.
+    pub nominal: f64,
 }
 
 /// A pruned operator.
@@ -66,7 +77,7 @@ impl Task<'_> {
     }
 
     /// Rounds `values` to the stored type and measures them there.
-    pub(super) fn certify(&self, job: &Job, mut values: Buffer) -> Result<Solution> {
+    pub(crate) fn certify(&self, job: &Job, mut values: Buffer) -> Result<Solution> {
         self.store(&mut values);
         let measure = |stats| relative_error(job, self.weight, &values, stats);
         let error = measure(self.calibration)?;

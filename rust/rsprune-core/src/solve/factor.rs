@@ -44,7 +44,8 @@ impl<'a> Factor<'a> {
         reversed_cholesky(job, &kernel, &mut r, n, damping)?;
         let mut target = terms.weight.clone();
         if let Some(linear) = &terms.linear {
-            let mut shifted = solve_rows(job, linear, &r, n)?;
+            let mut shifted = job.copy(linear)?;
+            solve_rows(job, &mut shifted, &r, n)?;
             shifted.iter_mut().zip(&*target).for_each(|(s, w)| *s = w - *s);
             target = Weight::Own(Arc::new(shifted));
         }

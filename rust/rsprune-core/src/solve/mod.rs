@@ -26,8 +26,9 @@ mod statistics;
 
 pub use admm::{AdmmOptions, admm};
 pub use best::best;
-pub use certificate::{Certificate, Solution, Task};
+pub use certificate::{Bits, Certificate, Solution, Task};
 pub use datafit::GramQuadratic;
+pub(crate) use factor::Factor;
 pub use fista::{FistaOptions, WarmStart, fista};
 pub use fista_plus::{FistaPlusOptions, fista_plus};
 pub use permute::{Channels, group_channels};

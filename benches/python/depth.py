@@ -1,0 +1,206 @@
+"""Depth pruning of a real model: which layers to remove, and what it costs.
+
+    python benches/python/depth.py MODEL --calibration c4.jsonl --text wiki.test.raw --work DIR \
+        --set table seeds speed
+
+Sets: `table` (every method at 10, 20 and 30 %), `seeds` (the leaders and their rivals at 20 %,
+three seeds), `speed` (the streamed backward pass against one in memory). Runs go through the
+command line, are kept in DIR/results.jsonl and not repeated; what every pruned model writes on to a
+prompt is kept with them.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import shutil
+import statistics
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+from runs import command, parser
+
+Run = dict[str, Any]
+PROMPT = "The first thing that a visitor to the old town sees is"
+KINDS: dict[str, list[str]] = {
+    "random": ["--method", "random", "--no-fold"],
+    "bi": ["--method", "bi", "--no-fold"],
+    "taylor": ["--method", "taylor", "--no-fold"],
+    "perplexity": ["--method", "perplexity", "--no-fold"],
+    "perplexity-greedy": ["--method", "perplexity-greedy", "--no-fold"],
+    "pip l1": ["--method", "pip", "--pip-norm", "l1", "--no-fold"],
+    "pip l2": ["--method", "pip", "--pip-norm", "l2", "--no-fold"],
+    "pip taylor": ["--method", "pip", "--no-fold"],
+    "pip taylor, unprotected": ["--method", "pip", "--protect", "0,0", "--no-fold"],
+    "pip taylor + fold": ["--method", "pip"],
+}
+RIVALS = ("random", "bi", "perplexity", "pip taylor", "pip taylor + fold")
+
+
+def table() -> list[Run]:
+    """Every method at three shares."""
+    return [
+        {"name": f"{kind} {share}", "words": [*words, "--remove", share]}
+        for share in ("10%", "20%", "30%")
+        for kind, words in KINDS.items()
+    ]
+
+
+def seeds() -> list[Run]:
+    """Other texts; seed 0 is in the table."""
+    return [
+        {"name": f"{kind} 20% seed {seed}",
+         "words": [*KINDS[kind], "--remove", "20%", "--seed", str(seed)]}
+        for seed in (1, 2) for kind in RIVALS
+    ]  # fmt: skip
+
+
+def measure(run: Run, args: argparse.Namespace) -> dict[str, Any]:
+    """Removes layers, evaluates, and lets the result write on."""
+    out = args.work / run["name"].replace(" ", "-").replace("%", "")
+    threads = ["--threads", args.threads] if args.threads else []
+    words = [*run["words"], "--samples", args.samples, "--calibration", args.calibration]
+    compressed = command("compress", args.model, out, "--overwrite", *words, *threads)
+    lines = (out / "rsprune-report.jsonl").read_text().splitlines()
+    records = [json.loads(line) for line in lines]
+    some = ["--windows", args.windows] if args.windows else []
+    record = {
+        "name": run["name"],
+        "summary": compressed["summary"],
+        "removed": [r["removed"] for r in records if r["kind"] == "removal"],
+        "removal_rss_anon": [r["rss_anon"] for r in records if r["kind"] == "removal"],
+        "folds": [r["fold"] for r in records if "fold" in r],
+        "stored_bytes": sum(path.stat().st_size for path in out.glob("*.safetensors")),
+        "eval": command("eval", out, "--text", args.text, *threads, *some),
+        "sample": sample(out),
+    }
+    shutil.rmtree(out)
+    return record
+
+
+def sample(folder: Path) -> str:
+    """What the model makes of a prompt, greedily."""
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype="auto")
+    ids = tokenizer(PROMPT, return_tensors="pt")
+    written = model.generate(**ids, max_new_tokens=40, do_sample=False)
+    text: str = tokenizer.decode(written[0], skip_special_tokens=True)
+    return text
+
+
+def rows(results: list[dict[str, Any]]) -> str:
+    """The results as a Markdown table."""
+    heads = ("run", "removed, in order", "perplexity", "stored MB", "score s", "fold s",
+             "peak RssAnon MiB (above start)")  # fmt: skip
+    lines = [f"| {' | '.join(heads)} |", "|---" * len(heads) + "|"]
+    for result in results:
+        summary = result["summary"]
+        seconds, peak = summary["seconds"], summary["peak_rss_anon"]
+        above = peak - summary["import_rss_anon"]
+        cells = [result["name"], " ".join(map(str, result["removed"])),
+                 f"{result['eval']['perplexity']:.2f}", f"{result['stored_bytes'] / 1e6:.1f}",
+                 f"{seconds.get('score', 0):.0f}", f"{seconds.get('fold', 0):.0f}",
+                 f"{peak / 2**20:.0f} ({above / 2**20:.0f})"]  # fmt: skip
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def speed(args: argparse.Namespace, repeats: int = 3) -> None:
+    """Forward and backward of the same windows, streamed and with the whole model in memory.
+
+    Both give the gradients' sizes of every layer; the model in memory makes every weight gradient.
+    They take turns in one process and agree before a time counts.
+    """
+    import torch
+
+    from rsprune.config import Config
+    from rsprune.depth.plan import Opened
+    from rsprune.depth.scores import Scoring, gradient_scores
+    from rsprune.depth.views import choose_texts
+    from rsprune.depth.walk import Walk
+    from rsprune.mixture import load_corpora
+    from rsprune.skeleton import load_tokenizer
+
+    threads = args.threads or 1
+    torch.set_num_threads(threads)
+    config = Config.create(method="pip", remove="1", calibration=str(args.calibration), texts=4)
+    tokenizer = load_tokenizer(args.model)
+    texts = choose_texts(load_corpora(config.calibration), tokenizer, count=config.texts,
+                         tokens=config.text_tokens, seed=0)  # fmt: skip
+    opened = Opened.of(args.model, config, config.text_tokens)
+    times: dict[str, list[float]] = {"streamed": [], "in memory": []}
+    with tempfile.TemporaryDirectory() as scratch, Walk(opened.stream, threads, Path(scratch)) as w:
+        scoring = Scoring(w, texts, tokenizer, config)
+        kept = list(range(len(opened.skeleton.layers)))
+        whole = _Whole(args.model)
+        for _ in range(repeats):
+            begun = time.perf_counter()
+            found = gradient_scores(scoring, kept, 0, ("pip-taylor",))["pip-taylor"]
+            times["streamed"].append(time.perf_counter() - begun)
+            begun = time.perf_counter()
+            expected = whole.scores(texts.plain, scoring.edited(0))
+            times["in memory"].append(time.perf_counter() - begun)
+            for index, score in enumerate(expected):
+                assert abs(found[index] - score) <= 1e-2 * score, (index, found[index], score)
+    medians = {name: statistics.median(values) for name, values in times.items()}
+    for name, values in times.items():
+        print(f"{name}: {medians[name]:.2f} s ({min(values):.2f} to {max(values):.2f})")
+    print(f"streamed / in memory: {medians['streamed'] / medians['in memory']:.2f}")
+
+
+class _Whole:
+    """The usual way: the model in float32 with all its gradients."""
+
+    def __init__(self, folder: Path) -> None:
+        import torch
+        from transformers import AutoModelForCausalLM
+
+        self.model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+
+    def scores(self, plain: Any, edited: Any) -> list[float]:
+        """PertImport in the taylor norm of every layer."""
+        import torch
+
+        layers = self.model.get_decoder().layers
+        totals = [0.0] * len(layers)
+        for views in zip(plain, edited, strict=True):
+            self.model.zero_grad(set_to_none=True)
+            for sign, ids in zip((-1.0, 1.0), views, strict=True):
+                logits = self.model(ids[None, :-1], use_cache=False).logits[0]
+                (sign * torch.nn.functional.cross_entropy(logits, ids[1:])).backward()
+            for index, layer in enumerate(layers):
+                parts = (float((p.detach() * p.grad).abs().sum()) for p in layer.parameters())
+                totals[index] += sum(parts) / len(plain)
+        return totals
+
+
+def main() -> None:
+    arguments = parser(__doc__)
+    arguments.add_argument("--set", nargs="+", choices=("table", "seeds", "speed"),
+                           default=["table", "seeds", "speed"])  # fmt: skip
+    arguments.add_argument("--samples", type=int, default=32, help="windows to fit maps to")
+    arguments.add_argument("--windows", type=int, help="of the test text; the default is all")
+    args = arguments.parse_args()
+    args.work.mkdir(parents=True, exist_ok=True)
+    log = args.work / "results.jsonl"
+    done = [json.loads(line) for line in log.read_text().splitlines()] if log.exists() else []
+    runs = [run for make in (table, seeds) if make.__name__ in args.set for run in make()]
+    chosen = [run for run in runs if not args.only or run["name"] in args.only]
+    for run in () if args.table else chosen:
+        if run["name"] not in {result["name"] for result in done}:
+            done.append(measure(run, args))
+            with log.open("a") as file:
+                file.write(json.dumps(done[-1]) + "\n")
+            print(rows(done[-1:]).splitlines()[-1], flush=True)
+    names = [run["name"] for run in chosen]
+    print(rows([result for result in done if result["name"] in names]))
+    if "speed" in args.set and not args.table:
+        speed(args)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,178 @@
+"""Which code every operator of a binarizing method gets.
+
+PBS2P, by layers (published: the formula; ours: how c is found, how far N may be from the target):
+
+    I_l = 1 - cos(input, output) of layer l, normalised to mean 1
+    N_l = clamp(floor(N + c (I_l - 1) + 1/2), N - 2, N + 2),    mean of N_l over weights <= N
+
+The mean is no monotone function of c, so instead of a bisection all c at which a layer's N changes
+are looked at, up to that at which the first layer has an N at a bound (from there on layers only
+bunch at the bounds); of those with the mean closest to the target the largest is taken.
+
+PBS2P-exact, by operators (ours): a knapsack on losses that are measured code by code,
+
+    min sum_o loss_o(code_o)    subject to    sum_o bits_o(code_o) <= bits * weights
+
+solved by its Lagrangian, `min loss + mu bits` operator by operator with mu by bisection; what is
+left of the budget goes to the changes that gain most per bit.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from rsprune import _core
+from rsprune.config import Config
+from rsprune.errors import RspruneError
+from rsprune.methods.base import Operator as Task
+from rsprune.methods.pbs2p_exact import CODES
+from rsprune.plan import Prepared
+from rsprune.progress import Progress
+from rsprune.survey import IN_MEMORY, Spill, few, survey
+
+SPAN = 2
+"""How far a layer's N may be from the target."""
+
+
+class Choice(NamedTuple):
+    """One code of an operator."""
+
+    code: str
+    loss: float
+    """Relative error of its output, held out where there are windows for it."""
+    bits: float
+    """All its weights together, everything counted."""
+
+
+def redundancy(
+    prepared: Prepared, windows: Tensor, threads: int, progress: Progress
+) -> list[float]:
+    """`I` of every decoder layer: what it changes of its input's direction, token by token."""
+    found = []
+    for seen in survey(prepared, windows, few(len(windows)), threads):
+        outputs, device = seen.outputs(), prepared.skeleton.device
+        count = seen.job.split.count
+        pairs = ((seen.hidden.get(w, device), outputs.get(w, device)) for w in range(count))
+        alike = [float(torch.cosine_similarity(x, y, dim=-1).mean()) for x, y in pairs]
+        found.append(1.0 - sum(alike) / count)
+        progress.step(f"layer {seen.index + 1}")
+    mean = sum(found) / len(found)
+    return [value / mean if mean > 0 else 1.0 for value in found]
+
+
+def coarse(importance: Sequence[float], weights: Sequence[int], target: int) -> list[int]:
+    """N of every layer.
+
+    Args:
+        importance: `I` of every layer, of mean 1.
+        weights: how many weights of it are binarized.
+        target: what the mean over weights must not exceed.
+    """
+    low, high = max(target - SPAN, 1), min(target + SPAN, 8)
+
+    def layers(c: float) -> list[int]:
+        raw = (math.floor(target + c * (i - 1) + 0.5) for i in importance)
+        return [min(max(n, low), high) for n in raw]
+
+    distances = [abs(i - 1) for i in importance if abs(i - 1) > 1e-9]
+    # Between two of these no N changes.
+    changes = {(k + 0.5) / distance for distance in distances for k in range(SPAN)}
+    last = (SPAN - 0.5) / max(distances, default=1.0)
+    best = (0.0, 0.0, layers(0.0))
+    for c in sorted(c for c in changes if c <= last):
+        found = layers(c * (1 + 1e-9))
+        short = sum(w * (target - n) for w, n in zip(weights, found, strict=True))
+        if short >= 0 and (-short, c) >= best[:2]:
+            best = (-float(short), c, found)
+    return best[2]
+
+
+def losses(
+    prepared: Prepared,
+    windows: Tensor,
+    config: Config,
+    threads: int,
+    progress: Progress,
+    spill: Spill = IN_MEMORY,
+) -> dict[str, list[Choice]]:
+    """Every operator with every code, on the dense model's hidden states."""
+    found: dict[str, list[Choice]] = {}
+    for seen in survey(prepared, windows, few(len(windows)), threads, spill.sums):
+        operators = {o.linear: o for o in prepared.plan.operators if o.layer == seen.index}
+        for group, sums in seen.job.groups(seen.hidden, seen.hidden):
+            for operator in (operators[name] for name in group.linears if name in operators):
+                task = Task(
+                    weight=prepared.checkpoint.lend(operator.name),
+                    dtype=operator.dtype,
+                    pattern=_core.Pattern(CODES[0], "row"),
+                    calibration=sums.calibration,
+                    heldout=sums.heldout,
+                    spill=spill.solver,
+                )
+                try:
+                    found[operator.name] = [
+                        _choice(code, task, config.damping, threads) for code in CODES
+                    ]
+                except ValueError as error:
+                    raise RspruneError(f"{operator.name}: {error}") from None
+        progress.step(f"layer {seen.index + 1}")
+    return found
+
+
+def _choice(code: str, task: Task, damping: float, threads: int) -> Choice:
+    task = dataclasses.replace(task, pattern=_core.Pattern(code, "row"))
+    certificate = _core.pbs2p_exact(task, damping=damping, threads=threads)[1]
+    heldout = certificate["heldout_error"]
+    loss = certificate["error"] if heldout is None else heldout
+    return Choice(code, loss, certificate["packed_bits"] * task.weight.size)
+
+
+def knapsack(operators: Sequence[Sequence[Choice]], budget: float) -> list[Choice]:
+    """A choice for every operator with little loss and at most `budget` bits together.
+
+    Args:
+        operators: what there is to choose from.
+        budget: bits; the smallest choices must fit.
+    """
+
+    def chosen(mu: float) -> list[Choice]:
+        return [min(c, key=lambda choice: (choice.loss + mu * choice.bits, choice.bits))
+                for c in operators]  # fmt: skip
+
+    def total(choices: Sequence[Choice]) -> float:
+        return math.fsum(choice.bits for choice in choices)
+
+    budget += 0.5  # bits are whole, sums of floats are not
+    low, high = 0.0, 1.0
+    if total(chosen(0.0)) <= budget:
+        return chosen(0.0)
+    while total(chosen(high)) > budget:
+        high *= 2
+    for _ in range(200):
+        middle = (low + high) / 2
+        low, high = (middle, high) if total(chosen(middle)) > budget else (low, middle)
+    return _fill(operators, chosen(high), budget - total(chosen(high)))
+
+
+def _fill(
+    operators: Sequence[Sequence[Choice]], choices: list[Choice], room: float
+) -> list[Choice]:
+    """Changes choices for better ones as long as one fits into `room` bits."""
+    while True:
+        better = [
+            ((now.loss - choice.loss) / max(choice.bits - now.bits, 1.0), -at, choice)
+            for at, (now, options) in enumerate(zip(choices, operators, strict=True))
+            for choice in options
+            if choice.loss < now.loss and choice.bits - now.bits <= room
+        ]
+        if not better:
+            return choices
+        _, at, choice = max(better)
+        room -= choice.bits - choices[-at].bits
+        choices[-at] = choice

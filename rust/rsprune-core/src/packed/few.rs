@@ -1,0 +1,155 @@
+//! Few tokens: every row is walked once for up to four of them, and decoded in registers.
+//!
+//! The walk goes by columns of which the activations stay in L1 (32 KiB: 2,048 columns of four
+//! tokens), all rows of a worker's share before the next columns. Read from L2, the activations of
+//! four tokens cost more than the weight.
+
+use super::input::{GROUP, Group, Order, padded};
+use super::row::{BLOCK, Signs};
+use super::{Kind, Linear, Mode, Simd, too_few_values};
+use crate::error::Result;
+use crate::par::Job;
+
+/// Rows that a worker takes at once: their masks stay in L1.
+const ROWS: usize = 16;
+
+/// Activations of a group that are met by all rows before the next.
+const NEAR: usize = 8192;
+
+/// The products of one row with a group; those beyond the group's tokens are 0.
+type Dots = [f32; GROUP];
+
+/// Evaluates `$body` for the number of tokens of a group, as the constant `$t`.
+macro_rules! for_tokens {
+    ($tokens:expr, $t:ident => $body:expr) => {
+        match $tokens {
+            1 => {
+                const $t: usize = 1;
+                $body
+            }
+            2 => {
+                const $t: usize = 2;
+                $body
+            }
+            _ => {
+                const $t: usize = GROUP;
+                $body
+            }
+        }
+    };
+}
+
+/// Overwrites `out [rows, tokens]`.
+pub(super) fn apply<S: Simd>(
+    linear: &Linear,
+    simd: S,
+    job: &Job,
+    parts: &[&[u8]],
+    (x, mode): (&[f32], Mode),
+    out: &mut [f32],
+) -> Result<()> {
+    let (float, cols) = (linear.dense.float, linear.dense.cols);
+    let tokens = x.len() / cols;
+    let groups = x.chunks(GROUP * cols);
+    let per_block = ROWS * tokens;
+    if let Kind::Values { starts } = &linear.kind {
+        let groups: Vec<_> = groups.map(|x| pieces(x, cols, simd.order(float))).collect();
+        return job.share_blocks(out, per_block, |block, out| {
+            let mut used = [0; ROWS];
+            each(&groups, out, tokens, |r, start, x| {
+                let row = block * ROWS + r;
+                used[r] = if start == 0 { 0 } else { used[r] };
+                let weights =
+                    linear.values(starts, parts, row).from(start, x.width, used[r], float);
+                let found = for_tokens!(x.tokens, T => {
+                    simd.dot_values::<T>(float, weights, x).map(|(n, dots)| (n, filled(dots)))
+                });
+                let (more, dots) = found.ok_or_else(|| too_few_values(row))?;
+                used[r] += more;
+                Ok(dots)
+            })
+        });
+    }
+    match mode {
+        Mode::Float32 => {
+            let groups: Vec<_> = groups.map(|x| pieces(x, cols, Order::Natural)).collect();
+            job.share_blocks(out, per_block, |block, out| {
+                let rows = SignRows::new(linear, simd, parts, block * ROWS, out.len() / tokens);
+                each(&groups, out, tokens, |r, start, x| {
+                    let row = rows.get(r).from(start / BLOCK, x.width);
+                    Ok(for_tokens!(x.tokens, T => filled(simd.dot_signs::<T>(row, x))))
+                })
+            })
+        }
+        Mode::Int8 => {
+            let groups: Vec<_> = groups.map(|x| vec![(0, Group::rounded(x, cols))]).collect();
+            job.share_blocks(out, per_block, |block, out| {
+                let rows = SignRows::new(linear, simd, parts, block * ROWS, out.len() / tokens);
+                each(&groups, out, tokens, |r, _, x| {
+                    let row = rows.get(r);
+                    Ok(for_tokens!(x.tokens, T => filled(simd.dot_signs_int8::<T>(row, x))))
+                })
+            })
+        }
+    }
+}
+
+/// Rows of signs with their masks written out.
+struct SignRows<'a> {
+    linear: &'a Linear,
+    parts: &'a [&'a [u8]],
+    first: usize,
+    masks: Vec<u8>,
+}
+
+impl<'a> SignRows<'a> {
+    fn new<S: Simd>(
+        linear: &'a Linear,
+        simd: S,
+        parts: &'a [&'a [u8]],
+        first: usize,
+        count: usize,
+    ) -> SignRows<'a> {
+        SignRows { linear, parts, first, masks: linear.masks(simd, parts, first..first + count) }
+    }
+
+    fn get(&self, row: usize) -> Signs<'_> {
+        let width = padded(self.linear.dense.cols) / 8;
+        let mask = self.masks.chunks(width).nth(row);
+        self.linear.signs(self.parts, self.first + row, mask)
+    }
+}
+
+/// A group in pieces that stay in L1, each with its first column.
+fn pieces(x: &[f32], cols: usize, order: Order) -> Vec<(usize, Group<f32>)> {
+    let width = NEAR / (x.len() / cols).next_power_of_two();
+    let starts = (0..cols).step_by(width);
+    let piece = |start| Group::exact(x, cols, start..cols.min(start + width), order);
+    starts.map(|start| (start, piece(start))).collect()
+}
+
+/// Overwrites `out [rows of the block, tokens]` with the sums of `dot(row, first column, piece)`.
+fn each<E>(
+    groups: &[Vec<(usize, Group<E>)>],
+    out: &mut [f32],
+    tokens: usize,
+    mut dot: impl FnMut(usize, usize, &Group<E>) -> Result<Dots>,
+) -> Result<()> {
+    out.fill(0.0);
+    for (g, pieces) in groups.iter().enumerate() {
+        for (start, x) in pieces {
+            for (row, out) in out.chunks_mut(tokens).enumerate() {
+                let out = &mut out[g * GROUP..tokens.min((g + 1) * GROUP)];
+                let dots = dot(row, *start, x)?;
+                out.iter_mut().zip(dots).for_each(|(sum, dot)| *sum += dot);
+            }
+        }
+    }
+    Ok(())
+}
+
+fn filled<const T: usize>(dots: [f32; T]) -> Dots {
+    let mut all = [0.0; GROUP];
+    all[..T].copy_from_slice(&dots);
+    all
+}

@@ -1,0 +1,297 @@
+//! `y = x W^T` straight from a packed weight `W [rows, cols]`.
+//!
+//! ```text
+//! few tokens:  for every row: walk its bits once, decode in registers, one product per token
+//! many tokens: decode 98 rows x 256 columns to f32, multiply by all tokens, next columns
+//! ```
+//! Few tokens are bound by the bytes of the weight, many by arithmetic. Every output is summed over
+//! columns in one order that follows from the format, the instruction set and the number of tokens
+//! of the call; not from the number of threads.
+
+#[cfg(target_arch = "x86_64")]
+mod avx2;
+#[cfg(target_arch = "x86_64")]
+mod avx512;
+mod few;
+mod input;
+mod many;
+mod row;
+mod scalar;
+
+use crate::error::{Error, Result};
+use crate::float::Float;
+use crate::kernels::Kernel;
+use crate::pack::{Dense, Format};
+use crate::par::Job;
+use input::{Group, Order, padded};
+use row::{Signs, Table, Values};
+use std::ops::Range;
+
+/// Tokens up to which walking the bits once more for every four of them beats decoding to memory.
+const FEW: usize = 8;
+
+/// In which numbers a product is formed.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Mode {
+    /// Activations, products and sums in f32.
+    Float32,
+    /// Activations rounded to 8 bits, each token by its largest; sums of 256 products are exact.
+    Int8,
+}
+
+impl Mode {
+    /// Reads `float32` or `int8`.
+    pub fn parse(name: &str) -> Result<Mode> {
+        match name {
+            "float32" => Ok(Mode::Float32),
+            "int8" => Ok(Mode::Int8),
+            _ => Err(Error::Option(format!("mode {name:?}: expected float32 or int8"))),
+        }
+    }
+}
+
+/// The innermost loops for one instruction set. A value of the type is proof that the CPU has it.
+trait Simd: Copy + Sync {
+    /// The order in which values of this type meet the columns.
+    fn order(self, float: Float) -> Order;
+
+    /// How many values there were, and `sum_j w_j x_tj`; `None` where the mask has more bits.
+    fn dot_values<const T: usize>(
+        self,
+        float: Float,
+        row: Values,
+        x: &Group<f32>,
+    ) -> Option<(usize, [f32; T])>;
+
+    /// Overwrites `out` with the weights of its columns; how many values that took.
+    fn expand_values(self, float: Float, row: Values, out: &mut [f32]) -> Option<usize>;
+
+    /// Writes the mask of every eight columns, from the first code of `stream` on.
+    fn masks(self, table: &Table, stream: &[u8], masks: &mut [u8]) {
+        table.read(stream, masks);
+    }
+
+    /// `sum_j w_j x_tj`.
+    fn dot_signs<const T: usize>(self, row: Signs, x: &Group<f32>) -> [f32; T];
+
+    /// Overwrites `out` with the weights of its columns, one block of them at most.
+    fn expand_signs(self, row: Signs, out: &mut [f32]);
+
+    /// `unit_t sum_j w_j x_tj`.
+    fn dot_signs_int8<const T: usize>(self, row: Signs, x: &Group<i8>) -> [f32; T];
+}
+
+#[derive(Clone, Copy)]
+enum Path {
+    Scalar(scalar::Scalar),
+    #[cfg(target_arch = "x86_64")]
+    Avx2(avx2::Avx2),
+    #[cfg(target_arch = "x86_64")]
+    Avx512(avx512::Avx512),
+}
+
+impl Path {
+    /// What of this CPU serves beside `kernel`: older AVX-512 cannot expand half types.
+    fn beside(kernel: &Kernel) -> Path {
+        #[cfg(target_arch = "x86_64")]
+        if kernel.name != "scalar" {
+            let newest = avx512::Avx512::new().filter(|_| kernel.name == "avx512");
+            if let Some(path) = newest.map(Path::Avx512) {
+                return path;
+            }
+            if let Some(path) = avx2::Avx2::new() {
+                return Path::Avx2(path);
+            }
+        }
+        let _ = kernel;
+        Path::Scalar(scalar::Scalar)
+    }
+}
+
+/// Runs `$body` with `$simd` bound to the instruction set of `$path`.
+macro_rules! with_simd {
+    ($path:expr, $simd:ident => $body:expr) => {
+        match $path {
+            Path::Scalar($simd) => $body,
+            #[cfg(target_arch = "x86_64")]
+            Path::Avx2($simd) => $body,
+            #[cfg(target_arch = "x86_64")]
+            Path::Avx512($simd) => $body,
+        }
+    };
+}
+
+/// What a format's bytes mean, where rows start, and which kernels serve them.
+pub struct Linear {
+    kernel: Kernel,
+    path: Path,
+    dense: Dense,
+    nbytes: Vec<usize>,
+    kind: Kind,
+}
+
+enum Kind {
+    /// The first value of every row and the end of the last.
+    Values { starts: Vec<usize> },
+    /// How positions are coded, and bytes of signs for 64 columns.
+    Signs { table: Option<Table>, step: usize },
+}
+
+impl Linear {
+    /// Reads what a call needs to know beforehand. `parts` are those of the format's layout.
+    ///
+    /// # Errors
+    /// A format without kernels, parts of other sizes, or a bitmap that has another number of bits
+    /// than values.
+    pub fn new(kernel: Kernel, format: &Format, dense: Dense, parts: &[&[u8]]) -> Result<Linear> {
+        let nbytes: Vec<_> = format.layout(&dense)?.iter().map(|part| part.nbytes).collect();
+        let kind = match format {
+            Format::KeepOf(groups) => {
+                let kept = dense.cols / groups.of * groups.keep;
+                Kind::Values { starts: (0..=dense.rows).map(|row| row * kept).collect() }
+            }
+            Format::Bitmap(_) => Kind::Values { starts: vec![] },
+            Format::Signs(groups) => {
+                Kind::Signs { table: Table::new(*groups), step: 8 * groups.keep / groups.of }
+            }
+            Format::Binary(_) | Format::RowColumn | Format::Uniform(_) => {
+                return Err(Error::Option(format!("packed format {format}: has no kernels")));
+            }
+        };
+        let mut linear = Linear { path: Path::beside(&kernel), kernel, dense, nbytes, kind };
+        linear.check_parts(parts)?;
+        if let Format::Bitmap(bitmap) = format {
+            linear.kind = Kind::Values { starts: row_starts(parts[1], &dense, bitmap.values)? };
+        }
+        Ok(linear)
+    }
+
+    /// `y [tokens, rows] = x [tokens, cols] W^T`, from the same parts.
+    ///
+    /// # Errors
+    /// Sizes that do not fit; `int8` for weights that are not signs; a mask that was changed.
+    pub fn apply(
+        &self,
+        job: &Job,
+        parts: &[&[u8]],
+        x: &[f32],
+        mode: Mode,
+        y: &mut [f32],
+    ) -> Result<()> {
+        self.check_parts(parts)?;
+        let Dense { rows, cols, .. } = self.dense;
+        let tokens = y.len() / rows;
+        if x.len() != tokens * cols || y.len() != tokens * rows {
+            return Err(Error::Shape {
+                what: "x".into(),
+                expected: format!("{tokens} rows of {cols} values"),
+                found: format!("{} values", x.len()),
+            });
+        }
+        let is_int8 = mode == Mode::Int8;
+        if is_int8 && !matches!(self.kind, Kind::Signs { .. }) {
+            let reason = "mode int8: only for weights that are packed as signs";
+            return Err(Error::Option(reason.into()));
+        }
+        if tokens == 0 {
+            return Ok(());
+        }
+        // Rows of W outermost, as workers share them; a single token needs no other order.
+        let mut columns = if tokens > 1 { vec![0.0; y.len()] } else { vec![] };
+        let out = if tokens > 1 { &mut columns[..] } else { &mut *y };
+        with_simd!(self.path, simd => match is_int8 || tokens <= FEW {
+            true => few::apply(self, simd, job, parts, (x, mode), out)?,
+            false => many::apply(self, simd, job, parts, x, out)?,
+        });
+        if tokens > 1 {
+            transpose(&columns, tokens, y);
+        }
+        Ok(())
+    }
+
+    fn check_parts(&self, parts: &[&[u8]]) -> Result<()> {
+        let found: Vec<_> = parts.iter().map(|part| part.len()).collect();
+        if found == self.nbytes {
+            return Ok(());
+        }
+        let (what, expected) = ("bytes of the parts".into(), format!("{:?}", self.nbytes));
+        Err(Error::Shape { what, expected, found: format!("{found:?}") })
+    }
+
+    /// The mask and the values of a row; others may follow.
+    fn values<'a>(&self, starts: &[usize], parts: &[&'a [u8]], row: usize) -> Values<'a> {
+        let width = self.dense.cols.div_ceil(8);
+        let mask = &parts[1][row * width..(row + 1) * width];
+        Values { mask, values: &parts[0][starts[row] * self.dense.float.size()..] }
+    }
+
+    /// Signs and scales of a row, with its mask as `masks` holds it.
+    fn signs<'a>(&self, parts: &[&'a [u8]], row: usize, mask: Option<&'a [u8]>) -> Signs<'a> {
+        let Kind::Signs { step, .. } = self.kind else { unreachable!("asked for by kind") };
+        let [.., signs, scales] = *parts else { unreachable!("checked beside the layout") };
+        let (signs_width, scales_width) =
+            (signs.len() / self.dense.rows, scales.len() / self.dense.rows);
+        Signs {
+            mask,
+            signs: &signs[row * signs_width..],
+            step,
+            scales: &scales[row * scales_width..(row + 1) * scales_width],
+        }
+    }
+
+    /// The masks of some rows, each of whole 64 columns; empty where they need no writing out.
+    fn masks<S: Simd>(&self, simd: S, parts: &[&[u8]], rows: Range<usize>) -> Vec<u8> {
+        let Kind::Signs { table: Some(table), .. } = &self.kind else { return vec![] };
+        let width = padded(self.dense.cols) / 8;
+        let stream_width = parts[0].len() / self.dense.rows;
+        let mut masks = vec![0; rows.len() * width];
+        for (row, masks) in rows.zip(masks.chunks_mut(width)) {
+            simd.masks(table, &parts[0][row * stream_width..], masks);
+        }
+        masks
+    }
+}
+
+/// `||y - exact|| / ||exact||`; 0 where both are zero.
+pub fn relative_error(y: &[f32], exact: &[f32]) -> f64 {
+    let norm = |terms: &mut dyn Iterator<Item = f64>| terms.map(|v| v * v).sum::<f64>().sqrt();
+    let error = norm(&mut y.iter().zip(exact).map(|(a, b)| f64::from(*a) - f64::from(*b)));
+    if error == 0.0 { 0.0 } else { error / norm(&mut exact.iter().map(|v| f64::from(*v))) }
+}
+
+/// Row starts of a bitmap by counting its bits.
+fn row_starts(mask: &[u8], dense: &Dense, values: usize) -> Result<Vec<usize>> {
+    let mut starts = vec![0; dense.rows + 1];
+    for (row, mask) in mask.chunks(dense.cols.div_ceil(8)).enumerate() {
+        let kept: usize = mask.iter().map(|byte| byte.count_ones() as usize).sum();
+        starts[row + 1] = starts[row] + kept;
+    }
+    if starts[dense.rows] != values {
+        let reason = format!("expected {values} bits that are set, found {}", starts[dense.rows]);
+        return Err(Error::Packed { part: "mask", reason });
+    }
+    Ok(starts)
+}
+
+/// The error of a mask with more bits than the file has values.
+fn too_few_values(row: usize) -> Error {
+    let reason = format!("row {row}: expected as many bits as there are values, found more");
+    Error::Packed { part: "mask", reason }
+}
+
+/// `to [cols, rows]` from `from [rows, cols]`.
+fn transpose(from: &[f32], cols: usize, to: &mut [f32]) {
+    const TILE: usize = 16; // rows of `from` whose cache lines are used up at once
+    let rows = from.len() / cols;
+    for (tile, from) in from.chunks(TILE * cols).enumerate() {
+        for c in 0..cols {
+            let to = &mut to[c * rows + tile * TILE..][..from.len() / cols];
+            for (r, to) in to.iter_mut().enumerate() {
+                *to = from[r * cols + c];
+            }
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests;
