@@ -21,7 +21,7 @@ demo: setup
 # The summary lines of cargo and of pytest come last.
 test: lint
 	cargo test --workspace --quiet
-	$(BIN)/python -m pytest
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses auto --dist loadfile
 
 lint: setup
 	cargo fmt --all --check

@@ -38,7 +38,8 @@ ALL_INPUTS = [
     for propagate, target, sequential in itertools.product(
         ("layer", "model"), ("dense", "own"), (False, True)
     )
-] + [
+]
+CLIPPED = [
     Inputs("model", "dense", True, correction=0.5, clip_tokens=0.9),
     Inputs("model", "own", False, clip_tokens=0.9),
 ]
@@ -207,7 +208,7 @@ class Walk:
         check_sums(sums.heldout, own[count:], dense[count:])
 
 
-@pytest.mark.parametrize("inputs", ALL_INPUTS, ids=label)
+@pytest.mark.parametrize("inputs", [*ALL_INPUTS, *CLIPPED], ids=label)
 @pytest.mark.parametrize("kind", ["llama", "gpt_neox"])
 def test_sums_and_hidden_states(tiny: Callable[..., Path], kind: str, inputs: Inputs):
     walk = Walk(tiny(kind), inputs)

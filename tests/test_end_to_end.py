@@ -168,7 +168,11 @@ def test_errors_against_an_independent_computation(compressed: Runs, method: str
 
     run, module = compressed("llama_tied", method, "2:4"), "model.layers.1.mlp.down_proj"
     windows = calibration_windows(
-        load_texts(run.config.calibration), load_tokenizer(run.model), samples=6, seq_len=32, seed=0
+        load_texts(*run.config.calibration),
+        load_tokenizer(run.model),
+        samples=6,
+        seq_len=32,
+        seed=0,
     )
     dense, pruned = ordinary(run.model), ordinary(run.out)
     own = ordinary(run.model)

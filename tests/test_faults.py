@@ -203,12 +203,12 @@ def test_an_input_that_changes_under_the_run_is_an_error(
     shard = model / "model.safetensors"
     original, written = OutputFolder.put_shard, []
 
-    def put_shard(self: OutputFolder, *args: Any) -> Any:
+    def put_shard(self: OutputFolder, *args: Any, **options: Any) -> Any:
         if len(written) == layer:
             whole = shard.read_bytes()
             shard.write_bytes(whole[: len(whole) // 4] if damage == "cut" else whole[::-1])
         written.append(1)
-        return original(self, *args)
+        return original(self, *args, **options)
 
     monkeypatch.setattr(OutputFolder, "put_shard", put_shard)
     found = "shrank|was written to"

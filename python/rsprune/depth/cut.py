@@ -60,6 +60,7 @@ def cut_config(
     worked_out = {name: getattr(text, name, None) for name in EXPLICIT}
     lists = {name: v for name, v in worked_out.items() if isinstance(v, list) and len(v) == layers}
     cut = _cut(content, kept, layers, lists)
+    cut.pop("quantization_config", None)  # packed weights are lent, and stored, as dense ones
     _check(cut, skeleton, kept, trust_remote_code)
     return cut
 

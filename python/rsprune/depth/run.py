@@ -36,7 +36,6 @@ from rsprune.depth.walk import Walk
 from rsprune.memory import PeakWatch, rss_anon
 from rsprune.mixture import Calibration, interleaved, load_corpora
 from rsprune.output import OutputFolder, other_files
-from rsprune.packing import with_settings
 from rsprune.progress import Progress
 from rsprune.report import REPORT_NAME, Journal, load_report, read_records
 from rsprune.resume import fingerprint, take_up
@@ -219,8 +218,7 @@ class DepthRun:
             output.copy_other_files(self.plan.model)
         self.journal.write("summary", **self._summary(output))
         self.journal.close()
-        text = json.dumps(self.cut, indent=2) + "\n"
-        output.write_text("config.json", with_settings(text, {}))  # packed weights are dense now
+        output.write_text("config.json", json.dumps(self.cut, indent=2) + "\n")
         report = load_report(output.folder)
         card = output.folder / "README.md"
         source_card = card.read_text("utf-8", errors="replace") if card.exists() else None
