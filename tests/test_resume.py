@@ -90,11 +90,11 @@ def stop_after(monkeypatch: pytest.MonkeyPatch, shards: int) -> None:
     """Ends the next run as it is about to write a shard, `shards` having been written."""
     written, original = [], OutputFolder.put_shard
 
-    def put_shard(self: OutputFolder, *args: Any) -> Any:
+    def put_shard(self: OutputFolder, *args: Any, **options: Any) -> Any:
         if len(written) == shards:
             raise StopError
         written.append(1)
-        return original(self, *args)
+        return original(self, *args, **options)
 
     monkeypatch.setattr(OutputFolder, "put_shard", put_shard)
 
