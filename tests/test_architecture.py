@@ -41,7 +41,7 @@ MIDDLE |= {"sources", "inspect", "model_config", "head", "scoring", "eval_plan",
 MIDDLE |= {"evaluate", "eval_tasks", "harness", "permute", "tune", "resume", "gguf_plan"}
 MIDDLE |= {"packed_linear", "hf"}
 TOP = {"plan", "run", "demo", "verify", "tables", "card", "options", "cli", "estimate"}
-TOP |= {"layer_run", "survey", "allocate", "codes", "budget", "unused", "export"}
+TOP |= {"layer_run", "survey", "allocate", "codes", "budget", "unused", "export", "memory_plan"}
 TOP |= {
     "console",
     "eval_command",
@@ -184,15 +184,17 @@ LOWER = {
     "float": {"error"},
     "disk": set(),
     "kernels": {"error"},
-    "par": {"error"},
+    "buffer": {"disk", "error"},
+    "par": {"buffer", "error"},
     "pattern": {"error"},
-    "linalg": {"disk", "error", "float", "kernels", "par"},
+    "linalg": {"buffer", "error", "float", "kernels", "par"},
     "shard": {"disk", "error", "float"},
     "pack": {"error", "float", "pattern"},
     "packed": {"error", "float", "kernels", "linalg", "pack", "par"},
-    "solve": {"error", "float", "kernels", "par", "pattern", "linalg"},
-    "binarize": {"error", "float", "kernels", "par", "pattern", "linalg", "pack", "solve"},
-    "lowrank": {"error", "float", "kernels", "par", "linalg"},
+    "solve": {"buffer", "error", "float", "kernels", "par", "pattern", "linalg"},
+    "binarize": {"buffer", "error", "float", "kernels", "par", "pattern", "linalg"}
+    | {"pack", "solve"},
+    "lowrank": {"buffer", "error", "float", "kernels", "par", "linalg"},
 }
 """Module of the core -> what it may use."""
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -40,6 +42,20 @@ def solve(method: str, operator: Any, **options: Any) -> tuple[np.ndarray, dict[
     """Values and certificate on one thread, with the method's options."""
     given_options = {"threads": 1, **DAMPING, **METHODS[method][1], **options}
     return getattr(_core, method)(operator, **given_options)[:2]
+
+
+@methods
+@pytest.mark.parametrize("corrected", [False, True])
+def test_what_lies_in_files_has_the_bits_that_it_has_in_memory(
+    tmp_path: Path, method: str, corrected: bool
+) -> None:
+    operator = Case.random(113, 144, corrected=corrected).operator(METHODS[method][0])
+    expected, certificate = solve(method, operator)
+    spilled = dataclasses.replace(operator, spill=tmp_path)
+    found, judged = solve(method, spilled, threads=2)
+    assert bits_equal(found, expected)
+    assert judged == certificate
+    assert list(tmp_path.iterdir()) == []
 
 
 def assert_like_the_twin(case: Case, found: np.ndarray, twin: np.ndarray) -> None:

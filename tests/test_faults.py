@@ -18,6 +18,7 @@ from test_resume import config_of, contents, in_a_child
 
 from rsprune import Config, compress, plan
 from rsprune.errors import RspruneError, UsageError
+from rsprune.memory_plan import SPILLS
 from rsprune.output import OutputFolder, other_files
 from rsprune.report import REPORT_NAME, Journal
 from rsprune.verify import verify
@@ -131,7 +132,7 @@ def test_a_full_disk_ends_the_run_and_an_empty_one_lets_it_go_on(
     def run() -> None:
         spills = pytest.MonkeyPatch()
         if stage == "hidden states":
-            spills.setattr(plan, "_fit", lambda memory, _: (sum(memory.values()), plan.SPILLS))
+            spills.setattr(plan, "fit", lambda memory, _: (sum(memory.values()), SPILLS))
         target = sys.modules[owner] if isinstance(owner, str) else owner
         patch = fill_before(target, name, call, disk)
         with pytest.raises((RspruneError, OSError), match=rf"{named}.*No space left on device"):

@@ -88,7 +88,7 @@ def test_every_reader_sees_the_dense_run(case: str, pairs: Callable[[str], Pair]
     assert not packed.packed.keys() & stored.keys()
     assert dense.tensors.keys() == packed.tensors.keys()
     for name, tensor in tensors_of(pair.dense).items():
-        for seen in (packed.view(name), torch.cat([p for _, p in packed.pieces(name)])):
+        for seen in (packed.read(name), torch.cat([p for _, p in packed.pieces(name)])):
             assert seen.reshape(-1).view(torch.uint8).equal(tensor.reshape(-1).view(torch.uint8))
         assert np.array_equal(packed.lend(name), dense.lend(name))
     assert verify(pair.packed) == []

@@ -13,6 +13,7 @@ from tiny_models import Run, tensors_of
 from rsprune import methods, plan
 from rsprune.config import Config
 from rsprune.errors import UsageError
+from rsprune.memory_plan import SPILLS
 from rsprune.run import compress
 from rsprune.verify import verify
 
@@ -44,9 +45,9 @@ def test_the_recipe_and_any_number_of_threads_give_the_same_bytes(
 def test_what_is_spilled_to_files_gives_the_same_bytes(
     compressed: Runs, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
-    original = plan._fit
-    monkeypatch.setattr(plan, "_fit", lambda *args: (original(*args)[0], plan.SPILLS))
-    for method in ("wanda", "fista"):
+    original = plan.fit
+    monkeypatch.setattr(plan, "fit", lambda *args: (original(*args)[0], SPILLS))
+    for method in METHODS:
         run = compressed("llama_tied", method, "2:4")
         compress(run.model, tmp_path / method, run.config)
         assert shard_bytes(tmp_path / method) == shard_bytes(run.out)

@@ -7,6 +7,7 @@
 #![allow(clippy::print_stdout)] // a table that criterion has no form for
 
 use criterion::{BenchmarkId, Criterion, Throughput, criterion_group, criterion_main};
+use rsprune_core::buffer::Room;
 use rsprune_core::kernels::Kernel;
 use rsprune_core::linalg::{PackedB, ROW_BLOCK, Scratch, gemm};
 use rsprune_core::par::{Job, Pool};
@@ -66,7 +67,7 @@ fn gram(c: &mut Criterion) {
         group.throughput(Throughput::Elements((TOKENS * n * n) as u64));
         for threads in [1, 2] {
             let pool = Pool::new(threads).expect("two threads");
-            let mut sums = Statistics::new(n, false, None).unwrap();
+            let mut sums = Statistics::new(n, false, Room::Memory).unwrap();
             sums.add(&Job::new(&pool, &flag), &kernel, &x, None).expect("finite input");
             let expected: f64 = x.chunks(n).map(|row| f64::from(row[0]).powi(2)).sum();
             assert!((sums.diagonal()[0] - expected).abs() < 1e-2);

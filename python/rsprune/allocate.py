@@ -15,6 +15,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -30,7 +31,7 @@ from rsprune.methods.base import Operator as Task
 from rsprune.methods.few_tokens import too_few
 from rsprune.plan import Operator, Prepared, parse_pattern
 from rsprune.progress import Progress
-from rsprune.survey import Seen, few, survey
+from rsprune.survey import IN_MEMORY, Seen, Spill, few, survey
 
 RANGE = 0.12
 """How far a layer's sparsity may be from the mean one."""
@@ -109,7 +110,12 @@ def exact_patterns(
 
 
 def measure(
-    prepared: Prepared, windows: Tensor, config: Config, threads: int, progress: Progress
+    prepared: Prepared,
+    windows: Tensor,
+    config: Config,
+    threads: int,
+    progress: Progress,
+    spill: Spill = IN_MEMORY,
 ) -> list[Curve | None]:
     """Error curves of all decoder layers, one in memory at a time.
 
@@ -119,17 +125,18 @@ def measure(
         config: pattern.
         threads: worker threads.
         progress: is told of every layer.
+        spill: where sums and what solvers hold lie.
     """
     target = parse_pattern(config).sparsity
     curves: list[Curve | None] = []
-    for seen in survey(prepared, windows, few(len(windows)), threads):
-        curve = _curve(prepared, seen, target)
+    for seen in survey(prepared, windows, few(len(windows)), threads, spill.sums):
+        curve = _curve(prepared, seen, target, spill.solver)
         curves.append(curve)
         progress.step(f"layer {seen.index + 1}", None if curve is None else curve.error(target))
     return curves
 
 
-def _curve(prepared: Prepared, seen: Seen, target: float) -> Curve | None:
+def _curve(prepared: Prepared, seen: Seen, target: float, spill: Path | None) -> Curve | None:
     job, hidden = seen.job, seen.hidden
     operators = {o.linear: o for o in prepared.plan.operators if o.layer == seen.index}
     grid = [min(max(target + d, 0.0), 0.98) for d in (-RANGE, 0.0, RANGE)]
@@ -138,7 +145,7 @@ def _curve(prepared: Prepared, seen: Seen, target: float) -> Curve | None:
         for linear in group.linears:
             if linear in operators:
                 for sparsity, values in zip(grid, solved, strict=True):
-                    task = _task(prepared, operators[linear], sums.calibration, sparsity)
+                    task = _task(prepared, operators[linear], sums.calibration, sparsity, spill)
                     stored = _pruned(task, operators[linear], job.threads)
                     values[f"{linear}.weight"] = _as_held(stored, operators[linear], job)
     if not operators:
@@ -166,7 +173,9 @@ def _as_held(stored: NDArray[Any], operator: Operator, job: LayerJob) -> Tensor:
     return weight if operator.expert is not None else weight.to(job.pool.device)
 
 
-def _task(prepared: Prepared, operator: Operator, sums: Any, sparsity: float) -> Task:
+def _task(
+    prepared: Prepared, operator: Operator, sums: Any, sparsity: float, spill: Path | None
+) -> Task:
     weight = prepared.checkpoint.lend(operator.name)
     pattern = _core.Pattern(repr(sparsity), "matrix")
-    return Task(weight, operator.dtype, pattern, sums, None)
+    return Task(weight, operator.dtype, pattern, sums, None, spill)

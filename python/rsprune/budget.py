@@ -19,15 +19,16 @@ from rsprune.config import Config
 from rsprune.methods.pbs2p_exact import DEFAULT_BITS
 from rsprune.plan import Operator, Prepared, parse_pattern
 from rsprune.progress import Progress
-
-
-def is_needed(config: Config) -> bool:
-    """Whether operators differ in what they are pruned to."""
-    return config.allocate or config.method in ("pbs2p", "pbs2p-exact")
+from rsprune.survey import IN_MEMORY, Spill
 
 
 def decide(
-    prepared: Prepared, windows: Tensor, config: Config, threads: int, progress: Progress
+    prepared: Prepared,
+    windows: Tensor,
+    config: Config,
+    threads: int,
+    progress: Progress,
+    spill: Spill = IN_MEMORY,
 ) -> dict[str, Any]:
     """Measures, decides, and returns what the journal keeps.
 
@@ -37,6 +38,7 @@ def decide(
         config: method and pattern.
         threads: worker threads.
         progress: is told of every layer.
+        spill: where sums and what solvers hold lie.
     """
     if config.method == "pbs2p":
         found = redundancy(prepared, windows, threads, progress)
@@ -46,7 +48,7 @@ def decide(
             weights[operator.layer] += operator.rows * operator.columns
         return {"redundancy": found, "layers": coarse(found, weights, target)}
     if config.method == "pbs2p-exact":
-        measured = losses(prepared, windows, config, threads, progress)
+        measured = losses(prepared, windows, config, threads, progress, spill)
         sizes = sum(o.rows * o.columns for o in prepared.plan.operators)
         budget = (config.bits or DEFAULT_BITS) * sizes
         chosen = knapsack(list(measured.values()), budget)
@@ -55,7 +57,7 @@ def decide(
             "losses": {n: {c.code: c.loss for c in choices} for n, choices in measured.items()},
             "true_bits": sum(c.bits for c in chosen) / sizes,
         }
-    curves = measure(prepared, windows, config, threads, progress)
+    curves = measure(prepared, windows, config, threads, progress, spill)
     layers = allocate(curves, parse_pattern(config).sparsity)
     return {
         "layers": layers,

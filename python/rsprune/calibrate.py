@@ -49,10 +49,9 @@ class GroupStatistics:
         cls, width: int, split: Split, *, corrected: bool, spill: Path | None = None
     ) -> GroupStatistics:
         """Sums of nothing; with `spill`, a folder, in files that have no name."""
-        path = spill / "sums" if spill else None
 
         def sums() -> _core.Statistics:
-            return _core.Statistics(width, corrected=corrected, spill=path)
+            return _core.Statistics(width, corrected=corrected, spill=spill)
 
         return cls(sums(), sums() if split.heldout else None)
 
@@ -117,8 +116,8 @@ class LayerJob:
         Both paths give the bits that they gave then; nothing is summed, solved or tuned.
 
         Args:
-            stored: name and value as stored of all parameters of the compressed layer, each
-                made when it is taken: a packed one is unpacked into memory.
+            stored: name and value as stored of all parameters of the compressed layer, each made
+                when it is taken; none is where only the dense layer runs.
         """
         with self.timing.stage("replay"):
             if self._dense is not None:

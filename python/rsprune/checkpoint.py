@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
-import warnings
+import math
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -122,7 +122,15 @@ class Checkpoint:
         return list(self._shards)
 
     def pieces(self, name: str) -> Iterator[tuple[int, torch.Tensor]]:
-        """The elements of a tensor as stored, flat, a few MiB at a time, each with its start.
+        """The elements of a tensor as stored, flat, a few MiB at a time, each with its start."""
+        info = self.tensors[name]
+        return self._pieces(info, 0, math.prod(info.shape))
+
+    def _pieces(
+        self, info: TensorInfo, first: int, count: int
+    ) -> Iterator[tuple[int, torch.Tensor]]:
+        """The same for `count` elements from `first` on, where starts are counted from; of a packed
+        weight for whole rows.
 
         Read, not mapped: a file that is cut under the run is then an error and not a SIGBUS, and
         no page of the model counts as ours.
@@ -130,41 +138,49 @@ class Checkpoint:
         Raises:
             RspruneError: the file cannot be read, or was written to since it was opened.
         """
-        info = self.tensors[name]
         dtype = _torch_dtype(info)
-        if name in self.packed:
-            rows = max(1, PIECE_BYTES // (info.shape[1] * dtype.itemsize))
-            parts = self._read_parts(name)
-            for start in range(0, info.shape[0], rows):
-                panel = self._unpack(name, parts, start, min(start + rows, info.shape[0]))
-                yield start * info.shape[1], torch.from_numpy(panel).view(dtype).reshape(-1)
+        columns, size = math.prod(info.shape[1:]), dtype.itemsize
+        if info.name in self.packed:
+            rows, parts = max(1, PIECE_BYTES // (columns * size)), self._read_parts(info.name)
+            stop = (first + count) // columns
+            for start in range(first // columns, stop, rows):
+                panel = self._unpack(info.name, parts, start, min(start + rows, stop))
+                piece = torch.from_numpy(panel).view(dtype).reshape(-1)
+                yield start * columns - first, piece
             return
-        for start in range(0, info.nbytes, PIECE_BYTES):
-            raw = self._read(info, start, min(PIECE_BYTES, info.nbytes - start))
-            yield start // dtype.itemsize, torch.from_numpy(raw).view(dtype)
+        nbytes = count * size
+        for start in range(0, nbytes, PIECE_BYTES):
+            raw = self._read(info, first * size + start, min(PIECE_BYTES, nbytes - start))
+            yield start // size, torch.from_numpy(raw).view(dtype)
 
     def copy_to(self, name: str, target: torch.Tensor) -> None:
         """Fills `target`, contiguous and of the tensor's shape, in the target's own type."""
+        info = self.tensors[name]
+        self._copy(info, 0, math.prod(info.shape), target)
+
+    def _copy(self, info: TensorInfo, first: int, count: int, target: torch.Tensor) -> None:
         flat = target.reshape(-1)
-        for start, piece in self.pieces(name):
+        for start, piece in self._pieces(info, first, count):
             flat[start : start + len(piece)] = piece
 
-    def view(self, name: str) -> torch.Tensor:
-        """The tensor as stored, in the memory of its file: for what is too much to hold.
-
-        Whoever cuts the file while this is in use kills the process; what is read is safe of that.
-        A packed weight is unpacked into memory of its own.
-        """
+    def read(self, name: str, dtype: torch.dtype | None = None) -> torch.Tensor:
+        """The tensor in memory of its own, as stored or in another type."""
         info = self.tensors[name]
-        dtype = _torch_dtype(info)
-        if info.nbytes == 0:
-            return torch.empty(info.shape, dtype=dtype)
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", UserWarning)  # "not writable": meant so
-            return torch.from_numpy(self.raw(name)).view(dtype).reshape(info.shape)
+        found = torch.empty(info.shape, dtype=dtype or _torch_dtype(info))
+        self.copy_to(name, found)
+        return found
+
+    def copy_rows(self, name: str, rows: range, target: torch.Tensor) -> None:
+        """Fills `target`, contiguous, with rows that lie side by side, in the target's own type."""
+        info = self.tensors[name]
+        length = math.prod(info.shape[1:])
+        self._copy(info, rows.start * length, len(rows) * length, target)
 
     def raw(self, name: str) -> NDArray[np.uint8]:
-        """The bytes of a tensor, flat; as `view`."""
+        """The bytes of a tensor, flat, in the memory of its file; of a packed weight, unpacked.
+
+        Whoever cuts the file while this is in use kills the process; what is read is safe of that.
+        """
         if name in self.packed:
             return self.lend(name).reshape(-1).view(np.uint8)
         with named_errors():

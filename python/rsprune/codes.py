@@ -19,23 +19,22 @@ left of the budget goes to the changes that gain most per bit.
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 
 from rsprune import _core
-from rsprune.calibrate import GroupStatistics
 from rsprune.config import Config
 from rsprune.errors import RspruneError
 from rsprune.methods.base import Operator as Task
 from rsprune.methods.pbs2p_exact import CODES
-from rsprune.plan import Operator, Prepared
+from rsprune.plan import Prepared
 from rsprune.progress import Progress
-from rsprune.survey import few, survey
+from rsprune.survey import IN_MEMORY, Spill, few, survey
 
 SPAN = 2
 """How far a layer's N may be from the target."""
@@ -95,19 +94,30 @@ def coarse(importance: Sequence[float], weights: Sequence[int], target: int) -> 
 
 
 def losses(
-    prepared: Prepared, windows: Tensor, config: Config, threads: int, progress: Progress
+    prepared: Prepared,
+    windows: Tensor,
+    config: Config,
+    threads: int,
+    progress: Progress,
+    spill: Spill = IN_MEMORY,
 ) -> dict[str, list[Choice]]:
     """Every operator with every code, on the dense model's hidden states."""
     found: dict[str, list[Choice]] = {}
-    for seen in survey(prepared, windows, few(len(windows)), threads):
+    for seen in survey(prepared, windows, few(len(windows)), threads, spill.sums):
         operators = {o.linear: o for o in prepared.plan.operators if o.layer == seen.index}
         for group, sums in seen.job.groups(seen.hidden, seen.hidden):
             for operator in (operators[name] for name in group.linears if name in operators):
-                weight = prepared.checkpoint.lend(operator.name)
+                task = Task(
+                    weight=prepared.checkpoint.lend(operator.name),
+                    dtype=operator.dtype,
+                    pattern=_core.Pattern(CODES[0], "row"),
+                    calibration=sums.calibration,
+                    heldout=sums.heldout,
+                    spill=spill.solver,
+                )
                 try:
                     found[operator.name] = [
-                        _choice(code, weight, operator, sums, config.damping, threads)
-                        for code in CODES
+                        _choice(code, task, config.damping, threads) for code in CODES
                     ]
                 except ValueError as error:
                     raise RspruneError(f"{operator.name}: {error}") from None
@@ -115,20 +125,12 @@ def losses(
     return found
 
 
-def _choice(
-    code: str,
-    weight: NDArray[Any],
-    operator: Operator,
-    sums: GroupStatistics,
-    damping: float,
-    threads: int,
-) -> Choice:
-    pattern = _core.Pattern(code, "row")
-    task = Task(weight, operator.dtype, pattern, sums.calibration, sums.heldout)
+def _choice(code: str, task: Task, damping: float, threads: int) -> Choice:
+    task = dataclasses.replace(task, pattern=_core.Pattern(code, "row"))
     certificate = _core.pbs2p_exact(task, damping=damping, threads=threads)[1]
     heldout = certificate["heldout_error"]
     loss = certificate["error"] if heldout is None else heldout
-    return Choice(code, loss, certificate["packed_bits"] * operator.rows * operator.columns)
+    return Choice(code, loss, certificate["packed_bits"] * task.weight.size)
 
 
 def knapsack(operators: Sequence[Sequence[Choice]], budget: float) -> list[Choice]:

@@ -17,9 +17,10 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from rsprune import _core, budget, methods
+from rsprune import _core, methods
 from rsprune.config import Config
 from rsprune.experts import ExpertLinear
+from rsprune.memory_plan import stage_peaks
 from rsprune.methods.base import Inputs
 from rsprune.methods.pbs2p_exact import CODES
 from rsprune.plan import Plan, Prepared
@@ -33,12 +34,13 @@ DISK_BYTES_PER_SECOND = 500e6
 
 @dataclass(frozen=True)
 class Stage:
-    """One stage of a run; bytes are those that pass the disk."""
+    """One stage of a run; bytes read and written are those that pass the disk, `peak` is memory."""
 
     name: str
     seconds: float
     reads: int
     writes: int
+    peak: int
 
 
 @dataclass(frozen=True)
@@ -84,28 +86,34 @@ def stages(prepared: Prepared, config: Config, speeds: Speeds) -> list[Stage]:
     products = methods.get(config.method).products(config)
     steps = sum(2 * o.rows * o.columns**2 for o in plan.operators)
     weights = sum(prepared.checkpoint.stored_bytes(n) for n in prepared.checkpoint.tensors)
-    spilled = sum(dict(plan.memory)[name] for name in plan.spill)
+    memory = dict(plan.memory)
+    spilled = sum(memory[name] for name in plan.spill)
+    peaks = stage_peaks(memory, plan.spill)
+
+    def stage(name: str, seconds: float, reads: int, writes: int) -> Stage:
+        return Stage(name, seconds, reads, writes, peaks[name.partition(",")[0]])
+
     found = [
-        Stage("read and check", weights / DISK_BYTES_PER_SECOND, weights, 0),
-        Stage(
+        stage("read and check", weights / DISK_BYTES_PER_SECOND, weights, 0),
+        stage(
             "calibrate",
             calibrate * forward + grams / speeds.solver,
             weights + spilled * plan.layers,
             spilled * plan.layers,
         ),
-        Stage("solve", products * steps / speeds.solver, weights, 0),
-        Stage("propagate", propagate * forward, 0, 0),
-        Stage("write", plan.output_bytes / DISK_BYTES_PER_SECOND, 0, plan.output_bytes),
+        stage("solve", products * steps / speeds.solver, weights, 0),
+        stage("propagate", propagate * forward, 0, 0),
+        stage("write", plan.output_bytes / DISK_BYTES_PER_SECOND, 0, plan.output_bytes),
     ]
-    if budget.is_needed(config):
+    if methods.differ(config):
         seconds = 8 * 2 / config.samples * forward
         if config.method == "pbs2p-exact":
             seconds += len(CODES) * products * steps / speeds.solver
-        found.insert(1, Stage("allocate", seconds, weights, 0))
+        found.insert(1, stage("allocate", seconds, weights, 0))
     if config.tune_block:
         # Backward is two forward passes; a window is judged once a pass over all.
         tuned = 3.2 * config.tune_steps * config.tune_batch / config.samples * forward
-        found.insert(-2, Stage("tune, at most", tuned, 0, 0))
+        found.insert(-2, stage("tune, at most", tuned, 0, 0))
     return found
 
 
@@ -143,6 +151,7 @@ def total(found: list[Stage]) -> Stage:
         sum(stage.seconds for stage in found),
         sum(stage.reads for stage in found),
         sum(stage.writes for stage in found),
+        max(stage.peak for stage in found),
     )
 
 

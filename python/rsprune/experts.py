@@ -24,13 +24,14 @@ The router decides from the hidden states of the path that is being compressed; 
 path is wanted beside it (target dense), its hidden states are gathered for the same tokens, since
 two rows must belong to one token to be compared.
 
-Weights of experts are not held in memory as a layer's others are: they are views of the shard, or
-of what was pruned in a file of its own.
+Weights of experts are not held in memory as a layer's others are: each is read from its shard and
+widened for the product that needs it, and what was pruned lies in a file of its own. They are not
+mapped: a shard that is cut under the run must be an error and not a SIGBUS.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 
 import torch
@@ -52,11 +53,44 @@ FUSED = {
 
 
 class ExpertLinear(StoredLinear):
-    """A linear of an expert: its weight is memory of a file, not ours."""
+    """A linear of an expert: its weight is read for every product, or lies in a file of ours.
+
+    Attributes:
+        source: reads the weight from its shard, in a type or as it is stored for None.
+    """
+
+    source: Callable[[torch.dtype | None], Tensor] | None = None
 
     def __init__(self, inputs: int, outputs: int) -> None:
         super().__init__(inputs, outputs, bias=False, device="meta")
         self.requires_grad_(False)
+
+    def lend(
+        self, source: Callable[[torch.dtype | None], Tensor] | None, stored: torch.dtype
+    ) -> None:
+        """Reads the weight by `source` from now on; by none it is but a shape."""
+        empty = torch.empty(self.out_features, self.in_features, device="meta", dtype=stored)
+        self._parameters["weight"] = nn.Parameter(empty, requires_grad=False)
+        self.source = source
+
+    def hold(self, weight: Tensor) -> None:
+        """Has another weight [outputs, inputs] from now on; a parameter is taken as it is."""
+        if not isinstance(weight, nn.Parameter):
+            weight = nn.Parameter(weight, requires_grad=False)
+        self._parameters["weight"] = weight
+        self.source = None
+
+    def read(self) -> Tensor:
+        """The weight as it is stored."""
+        return self.weight if self.source is None else self.source(None)
+
+    def forward(self, input: Tensor) -> Tensor:
+        """As `StoredLinear`; nothing is read where no token comes."""
+        if self.source is None:
+            return super().forward(input)
+        if input.numel() == 0:
+            return input.new_empty(*input.shape[:-1], self.out_features)
+        return nn.functional.linear(input, self.source(input.dtype).to(input.device))
 
 
 class Expert(nn.Module):

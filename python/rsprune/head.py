@@ -66,17 +66,21 @@ class Head:
             found = type(self._output).__name__
             raise UsageError(f"output embedding: expected nn.Linear, found {found}")
         name = stream.skeleton.name_of(self._output)
-        self._views = {}
+        self._names = {}
         for leaf, parameter in self._output.named_parameters():
             disk_name = stream.skeleton.disk_name(f"{name}.{leaf}")
             assert disk_name is not None  # the skeleton refused missing tensors
-            view = stream.skeleton.checkpoint.view(disk_name)
-            if view.shape != parameter.shape:
+            shape = stream.skeleton.checkpoint.tensors[disk_name].shape
+            if shape != tuple(parameter.shape):
                 expected = f"expected shape {list(parameter.shape)} from config.json"
-                raise UsageError(f"{disk_name}: {expected}, found {list(view.shape)}")
-            self._views[leaf] = view
-        self.vocabulary, self.width = self._views["weight"].shape
+                raise UsageError(f"{disk_name}: {expected}, found {list(shape)}")
+            self._names[leaf] = disk_name
+        self.vocabulary, self.width = self._output.weight.shape
         self.piece = min(self.vocabulary, max(1, PIECE_BYTES // (4 * self.width)))
+        self._room = {
+            leaf: torch.empty(self.piece, *parameter.shape[1:])
+            for leaf, parameter in self._output.named_parameters()
+        }
         self.chunk = max(1, LOGIT_BYTES // (4 * self.piece))
         """Positions whose logits are made at a time."""
 
@@ -89,12 +93,13 @@ class Head:
 
     @contextlib.contextmanager
     def _rows(self, ids: range) -> Iterator[None]:
-        """Cuts the output embedding down to the rows `ids`, materialised."""
+        """Cuts the output embedding down to the rows `ids`, read into memory that is used again."""
         parameters = self._output._parameters
         whole, device = dict(parameters), self.stream.skeleton.device
-        for leaf, view in self._views.items():
-            rows = view[ids.start : ids.stop].to(device, torch.float32, copy=True)
-            parameters[leaf] = nn.Parameter(rows, requires_grad=False)
+        for leaf, name in self._names.items():
+            rows = self._room[leaf][: len(ids)]
+            self.stream.skeleton.checkpoint.copy_rows(name, ids, rows)
+            parameters[leaf] = nn.Parameter(rows.to(device), requires_grad=False)
         try:
             yield
         finally:

@@ -111,7 +111,7 @@ class LayerPath:
         return module.get_parameter("weight").detach()
 
     def put_parameters(self, values: Iterable[tuple[str, Tensor]]) -> None:
-        """Puts tuned or stored parameters, by their names in the layer, in place of its own.
+        """Puts tuned or stored parameters, with their names in the layer, in place of its own.
 
         Inputs that were noted are no longer true, and are forgotten.
         """
@@ -124,7 +124,7 @@ class LayerPath:
 
     def _put(self, module: nn.Module, leaf: str, value: Tensor) -> None:
         if isinstance(module, ExpertLinear):
-            module._parameters[leaf] = nn.Parameter(value, requires_grad=False)
+            module.hold(value)
             return
         if self._pool is not None:
             buffer = self._pool.take(value.shape, module.get_parameter(leaf).dtype)
@@ -260,8 +260,12 @@ def with_parameters(layer: nn.Module, values: Mapping[str, Tensor]) -> nn.Module
         module._forward_pre_hooks.clear()
     for name, value in values.items():
         module_name, _, leaf = name.rpartition(".")
+        module = copied.get_submodule(module_name)
+        if isinstance(module, ExpertLinear):
+            module.hold(value)
+            continue
         parameter = value if isinstance(value, nn.Parameter) else nn.Parameter(value, False)
-        copied.get_submodule(module_name)._parameters[leaf] = parameter
+        module._parameters[leaf] = parameter
     return copied
 
 

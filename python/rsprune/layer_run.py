@@ -11,6 +11,7 @@ import math
 import time
 from dataclasses import dataclass, field
 from functools import cached_property
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -48,6 +49,7 @@ class LayerRun:
         job: its way through the windows.
         patterns: what every operator is pruned to, by the name of its weight.
         scratch: keeps changed weights of experts; None where the layer has none.
+        spill: a folder for what solvers hold, where it is not to be in memory.
         changed: tensors to be stored, by on-disk name, as they are stored.
         permutations: what `permute` did, as the journal keeps it.
         passes: partial runs over the windows beside those of `job`.
@@ -64,6 +66,7 @@ class LayerRun:
     journal: Journal
     progress: Progress
     scratch: Scratch | None
+    spill: Path | None = None
     changed: dict[str, NDArray[Any]] = field(default_factory=dict)
     permutations: list[dict[str, Any]] = field(default_factory=list)
     passes: float = 0.0
@@ -92,13 +95,15 @@ class LayerRun:
             routed = job.routed("own" if job.needs_own else "dense", hidden)
             path = LayerPath(layer, job.structure, job.kwargs, hidden, None, None, routed)
             count = min(PERMUTE_WINDOWS, job.split.calibration)
-            clip = job.inputs.clip_tokens
-            sums = consumer_sums(path, couplings, count, job.threads, clip=clip)
+            clip, spill = job.inputs.clip_tokens, job.spill_sums
+            sums = consumer_sums(path, couplings, count, job.threads, clip=clip, spill=spill)
             for coupling in couplings:
                 self._reorder(coupling, sums[coupling.consumer])
             for coupling in expert_couplings(job.structure):
                 if coupling.consumer in self.operators:
-                    found_sums = consumer_sums(path, [coupling], count, job.threads, clip=clip)
+                    found_sums = consumer_sums(
+                        path, [coupling], count, job.threads, clip=clip, spill=spill
+                    )
                     self._reorder_expert(coupling, found_sums[coupling.consumer])
             self.passes += path.passes
             path.close()
@@ -120,7 +125,7 @@ class LayerRun:
         for name in coupling.parameters(self.job.layer):
             on_disk = self._disk_name(name)
             dtype = TORCH_DTYPES[self.prepared.checkpoint.tensors[on_disk].dtype]
-            self.changed[on_disk] = as_stored(self.job.layer.get_parameter(name), dtype).copy()
+            self.changed[on_disk] = as_stored(self.job.layer.get_parameter(name), dtype)
         self.permutations.append({**dataclasses.asdict(coupling), "order": order.tolist()})
 
     def prune(self, linear: str, statistics: GroupStatistics) -> None:
@@ -258,4 +263,5 @@ class LayerRun:
             pattern=self.patterns[operator.name],
             calibration=statistics.calibration,
             heldout=statistics.heldout,
+            spill=self.spill,
         )

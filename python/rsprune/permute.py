@@ -14,6 +14,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -21,7 +22,6 @@ from torch import Tensor, nn
 
 from rsprune import _core
 from rsprune.blocks import LayerStructure, Stage
-from rsprune.checkpoint import as_stored
 from rsprune.clip import clip_tokens
 from rsprune.experts import ExpertLinear
 from rsprune.layer_path import LayerPath, as_rows, run_layer, with_parameters
@@ -138,16 +138,14 @@ def reorder(
 ) -> None:
     """Moves the channels of a layer, in place; weights of experts are put in `scratch`."""
     for name in coupling.parameters(layer):
-        value = layer.get_parameter(name)
-        moved = coupling.permute(name, value, order)
-        module, _, leaf = name.rpartition(".")
-        owner = layer.get_submodule(module)
+        owner = layer.get_submodule(name.rpartition(".")[0])
         if isinstance(owner, ExpertLinear):
             assert scratch is not None
-            kept = torch.from_numpy(scratch.keep(as_stored(moved, moved.dtype)))
-            owner._parameters[leaf] = nn.Parameter(kept.view(moved.dtype), requires_grad=False)
+            moved = coupling.permute(name, owner.read(), order)
+            owner.hold(scratch.keep_tensor(moved))
         else:
-            value.copy_(moved)
+            value = layer.get_parameter(name)
+            value.copy_(coupling.permute(name, value, order))
 
 
 def consumer_sums(
@@ -157,11 +155,12 @@ def consumer_sums(
     threads: int,
     *,
     clip: float,
+    spill: Path | None,
 ) -> dict[str, _core.Statistics]:
     """Sums over the first windows of the inputs of every coupling's consumer."""
     wanted = {coupling.consumer for coupling in couplings}
     groups = [group for group in path.structure.groups if wanted & set(group.linears)]
-    sums = {group.linears[0]: _core.Statistics(group.width) for group in groups}
+    sums = {group.linears[0]: _core.Statistics(group.width, spill=spill) for group in groups}
     for window in range(windows):
         for group, caught in path.inputs(window, Stage(tuple(groups))).items():
             rows = as_rows(clip_tokens(caught, None, clip)[0])

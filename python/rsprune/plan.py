@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import fnmatch
 import math
-from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -15,24 +14,18 @@ import psutil
 import torch
 
 from rsprune import _core, methods
-from rsprune.blocks import LayerStructure
 from rsprune.checkpoint import FLOATS, Checkpoint, TensorInfo
 from rsprune.config import Config
 from rsprune.data import split_heldout
-from rsprune.errors import DoesNotFitError, UsageError
-from rsprune.memory import KEPT_BYTES, memory_limit, rss_anon
+from rsprune.errors import UsageError
+from rsprune.memory import memory_limit
+from rsprune.memory_plan import fit, memory_parts, pruned_bytes
 from rsprune.methods.base import Inputs
 from rsprune.output import finished_bytes, free_bytes
 from rsprune.packing import planned_bytes
 from rsprune.skeleton import Skeleton
 from rsprune.stream import Opening, Stream
 from rsprune.unused import unused_options
-
-GRAM_BYTES = 4
-"""Sums are kept in float32, symmetric ones up to their diagonal."""
-
-GRAM_BLOCK = 112
-"""Rows that end at the same column."""
 
 
 @dataclass(frozen=True)
@@ -105,9 +98,9 @@ def prepare(folder: Path, config: Config, out: Path | None) -> Prepared:
     notes = list(unused_options(config, inputs))
     if isinstance(method, methods.Binarizer):
         notes += method.check_shapes([(o.rows, o.columns) for o in operators], config)
-    memory = _memory(skeleton, opening, inputs, config, operators)
+    memory = memory_parts(skeleton, opening, inputs, config, operators)
     limit = config.memory or memory_limit()
-    peak, spill = _fit(memory, limit)
+    peak, spill = fit(memory, limit)
     plan = Plan(
         model=folder,
         architecture=type(skeleton.model).__name__,
@@ -123,7 +116,7 @@ def prepare(folder: Path, config: Config, out: Path | None) -> Prepared:
         passes=_passes(inputs, config),
         warnings=[*_warnings(skeleton, operators, config), *notes],
     )
-    scratch = 2 * _pruned_bytes(skeleton, operators, experts=True)
+    scratch = 2 * pruned_bytes(skeleton, operators, experts=True)
     _check_disk(plan, out, scratch + sum(memory[name] for name in spill))
     return Prepared(plan, checkpoint, skeleton, stream, opening, inputs)
 
@@ -205,117 +198,6 @@ def _check_tensor(info: TensorInfo, shape: tuple[int, ...], pattern: _core.Patte
         pattern.check(info.name, info.shape[1])
     except ValueError as error:
         raise UsageError(str(error)) from None
-
-
-def _memory(
-    skeleton: Skeleton,
-    opening: Opening,
-    inputs: Inputs,
-    config: Config,
-    operators: list[Operator],
-) -> dict[str, int]:
-    """Peak of anonymous memory by part.
-
-    Products run in float32, one widened matrix at a time; a solver holds more than that.
-    """
-    layers = skeleton.layers
-    layer = max(sum(p.numel() for p in layer.parameters()) for layer in layers)
-    needs_dense = inputs.needs_dense or config.tune_block
-    needs_own = inputs.propagate == "model" or inputs.true_sequential or config.tune_block
-    grams = max(_gram_bytes(s, inputs, config) for s in opening.structures)
-    width = max(g.width for s in opening.structures for g in s.groups)
-    widest = max(p.numel() for layer in layers for p in layer.parameters() if p.dim() == 2)
-    channels = skeleton.channels
-    window = config.seq_len * channels * 4
-    held = 1 if inputs.propagate == "model" else 2  # a layer's inputs; beside them its outputs
-    if inputs.propagate == "model" and (inputs.target == "dense" or config.tune_block):
-        held = 3
-    matrices, squares = methods.get(config.method).workspace
-    squares += int(inputs.target == "dense")  # a cross sum, while it is turned into a product
-    routed = any(structure.experts for structure in opening.structures)
-    paths = int(needs_dense) + int(needs_own)
-    cached = (1 + int(needs_dense)) * (int(inputs.true_sequential) + int(routed))
-    apart = 0 if needs_own else _pruned_bytes(skeleton, operators, experts=False)
-    return {
-        "python, torch and the model's structure": rss_anon(),
-        "decoder layer (as stored)": skeleton.layer_bytes() * paths,
-        "pruned weights until they are written": apart,
-        "Grams": grams,
-        "solver": max(1, matrices) * widest * 4 + width * width * 4 * squares,
-        "tuning": _tuning_bytes(layer, width, channels, config),
-        "budget": _budget_bytes(skeleton, operators, config),
-        "activations of one window": window * 6 + config.seq_len * width * 4 * 4,
-        "freed pages that the allocator keeps": KEPT_BYTES + 32 * 2**20,
-        "routing": _routing_bytes(skeleton, config) * (1 + int(needs_dense)) if routed else 0,
-        "hidden states": config.samples * window * (held + cached),
-    }
-
-
-def _pruned_bytes(skeleton: Skeleton, operators: list[Operator], *, experts: bool) -> int:
-    """Of the largest layer, as stored: its experts, or all but them."""
-    layers: Counter[int] = Counter()
-    for operator in operators:
-        if (operator.expert is not None) == experts:
-            layers[operator.layer] += skeleton.checkpoint.tensors[operator.name].nbytes
-    return max(layers.values(), default=0)
-
-
-def _tuning_bytes(layer: int, width: int, channels: int, config: Config) -> int:
-    """Leaf, gradients, moments and best state of a layer, and what backward passes remember."""
-    if not config.tune_block:
-        return 0
-    threads = config.threads or _core.default_threads()
-    side_by_side = min(threads, config.tune_batch)
-    remembered = config.seq_len * (12 * channels + 6 * width) * 4
-    return layer * 4 * (5 + side_by_side) + side_by_side * remembered
-
-
-def _routing_bytes(skeleton: Skeleton, config: Config) -> int:
-    """The numbers of the experts of every token, noted while a layer is pruned."""
-    chosen = int(skeleton.config.get_text_config().num_experts_per_tok)
-    return config.samples * config.seq_len * chosen * 4
-
-
-def _budget_bytes(skeleton: Skeleton, operators: list[Operator], config: Config) -> int:
-    """A layer pruned to three sparsities: in float32, experts as stored."""
-    if not config.allocate:
-        return 0
-    layers: Counter[int] = Counter()
-    for operator in operators:
-        of_expert = operator.expert is not None
-        nbytes = skeleton.checkpoint.tensors[operator.name].nbytes
-        layers[operator.layer] += nbytes if of_expert else operator.rows * operator.columns * 4
-    return 3 * max(layers.values())
-
-
-def _gram_bytes(structure: LayerStructure, inputs: Inputs, config: Config) -> int:
-    """Sums that are held at the same time: those of the stage that needs most."""
-    kinds = 2 if config.heldout > 0 else 1
-    drifts = inputs.true_sequential or inputs.propagate == "model"
-    squares = 2.0 if inputs.target == "dense" and drifts else 0.5  # two halves and a whole, or one
-    return max(
-        sum(int(g.width * (g.width + GRAM_BLOCK) * squares) for g in stage.groups)
-        for stage in structure.stages(sequential=inputs.true_sequential)
-    ) * (GRAM_BYTES * kinds)
-
-
-SPILLS = ("hidden states", "Grams")
-"""Parts that may lie in a file, in the order in which they go there."""
-
-
-def _fit(memory: dict[str, int], limit: int) -> tuple[int, tuple[str, ...]]:
-    """The peak, and what must go to a file to stay below `limit`."""
-    total = sum(memory.values())
-    for count in range(len(SPILLS) + 1):
-        peak = total - sum(memory[name] for name in SPILLS[:count])
-        if peak <= limit:
-            return peak, SPILLS[:count]
-    parts = ", ".join(f"{name} {size / 2**20:.0f} MiB" for name, size in memory.items() if size)
-    raise DoesNotFitError(
-        f"memory {limit / 2**20:.0f} MiB: too small for this plan, which needs "
-        f"{math.ceil(peak / 2**20)} MiB with {' and '.join(SPILLS)} in a file ({parts})",
-        smallest=peak,
-    )
 
 
 def _check_disk(plan: Plan, out: Path | None, scratch: int) -> None:

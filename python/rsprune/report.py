@@ -82,9 +82,14 @@ class Journal:
             line = line[self._file.write(line) :]
 
     def close(self) -> None:
-        """Puts the file on disk and closes it."""
-        if not self._file.closed:
+        """Puts the file on disk and closes it; `RspruneError` where the disk refuses."""
+        if self._file.closed:
+            return
+        try:
             os.fsync(self._file.fileno())
+        except OSError as error:
+            raise RspruneError(f"{self.path}: fsync: {error.strerror}") from None
+        finally:
             self._file.close()
 
     def _drop_torn_line(self) -> None:

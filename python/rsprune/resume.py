@@ -25,6 +25,7 @@ from rsprune.calibrate import LayerJob
 from rsprune.checkpoint import Checkpoint, sha256
 from rsprune.config import Config
 from rsprune.errors import UsageError
+from rsprune.experts import ExpertLinear
 from rsprune.output import OutputFolder
 from rsprune.packing import PackedWeight
 from rsprune.permute import Coupling, reorder
@@ -192,7 +193,7 @@ def replay(
         packed: which of its weights are packed, and how.
         names: parameter name in the layer -> on-disk name.
         record: the layer's line in the journal.
-        scratch: keeps permuted weights of experts; None where the layer has none.
+        scratch: keeps permuted and stored weights of experts; None where the layer has none.
     """
     for moved in record.get("permutations", ()):
         coupling = Coupling(
@@ -200,5 +201,10 @@ def replay(
         )
         reorder(job.layer, coupling, torch.tensor(moved["order"]), scratch)
     stored = Checkpoint(shard.parent, {shard.name: _core.Shard(shard)}, packed)
-    views = ((name, stored.view(names[name])) for name, _ in job.layer.named_parameters())
-    job.replay(views)
+
+    def value(name: str) -> Tensor:
+        tensor = stored.read(names[name])
+        of_expert = isinstance(job.layer.get_submodule(name.rpartition(".")[0]), ExpertLinear)
+        return scratch.keep_tensor(tensor) if of_expert and scratch else tensor
+
+    job.replay((name, value(name)) for name, _ in job.layer.named_parameters())

@@ -19,6 +19,7 @@ finish          shard of the rest, other files, card, index; one rename
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import math
 import time
@@ -33,6 +34,7 @@ from rsprune.calibrate import LayerJob
 from rsprune.card import model_card
 from rsprune.config import Config
 from rsprune.driver import Driver
+from rsprune.errors import RspruneError
 from rsprune.experts import stored_bytes
 from rsprune.layer_run import LayerRun
 from rsprune.memory import PeakWatch, give_freed_pages_back, keep_freed_pages, rss_anon
@@ -45,6 +47,7 @@ from rsprune.resume import fingerprint, packed_in, replay, take_up
 from rsprune.scratch import Scratch
 from rsprune.skeleton import load_tokenizer
 from rsprune.sources import resolve
+from rsprune.survey import Spill
 from rsprune.timing import Timing
 from rsprune.windows import Split, Windows
 
@@ -143,7 +146,6 @@ class _LayerwiseRun:
             self.progress.note(f"warning: {warning}")
         other_files(self.plan.model)  # a link that leaves the folder is refused now
         with self.timing.stage("read"):
-            other_files(self.plan.model)
             corpora = load_corpora(self.config.calibration, field=self.config.calibration_field)
             self.notes = [corpus.note for corpus in corpora if corpus.note]
             for note in self.notes:
@@ -179,7 +181,8 @@ class _LayerwiseRun:
         """Closes a run that cannot go on; what is finished stays, for the next one."""
         if not hasattr(self, "journal"):
             return
-        self.journal.close()
+        with contextlib.suppress(RspruneError):  # the first error is the one to tell
+            self.journal.close()
         if not (output.folder / REPORT_NAME).exists():
             return  # it has its name already
         records = [record for _, record in read_records(output.folder / REPORT_NAME)]
@@ -205,7 +208,7 @@ class _LayerwiseRun:
         if inputs.propagate == "model" and two:
             own = self._store(output, "own", channels)
             own.copy_from(dense)
-        self.patterns = self._patterns()
+        self.patterns = self._patterns(output)
         self.progress.stage("layers", len(self.plan.operators))
         finished_layers = self._done("layer")
         for record in finished_layers:
@@ -213,17 +216,18 @@ class _LayerwiseRun:
         for index in range(len(finished_layers), self.plan.layers):
             dense, own = self._write_layer(output, index, dense, own)
 
-    def _patterns(self) -> dict[str, _core.Pattern]:
+    def _patterns(self, output: OutputFolder) -> dict[str, _core.Pattern]:
         """What every operator is pruned to, by the name of its weight."""
         operators = self.plan.operators
-        if not budget.is_needed(self.config):
+        if not methods.differ(self.config):
             return dict.fromkeys((o.name for o in operators), parse_pattern(self.config))
         if known := self._done("allocation"):
             return budget.patterns(known[0], operators, self.config)
         with self.timing.stage("allocate"):
             self.progress.stage("allocate", self.plan.layers)
+            spill = Spill(self._spill(output, "Grams"), self._spill(output, "solver's matrices"))
             decided = budget.decide(
-                self.prepared, self.windows, self.config, self.threads, self.progress
+                self.prepared, self.windows, self.config, self.threads, self.progress, spill
             )
         self.journal.write("allocation", **decided)
         return budget.patterns(decided, operators, self.config)
@@ -237,7 +241,7 @@ class _LayerwiseRun:
         job = self._job(output, index)
         layer = LayerRun(
             index, self.prepared, self.config, job, self.patterns, self.journal, self.progress,
-            self._scratch(output, job),
+            self._scratch(output, job), self._spill(output, "solver's matrices"),
         )  # fmt: skip
         if self.permutes:
             layer.permute(dense)
@@ -254,12 +258,10 @@ class _LayerwiseRun:
         passes = job.passes + layer.passes
         skeleton.drop_layer(index)
         give_freed_pages_back()
-        elapsed = time.perf_counter() - started
-        rss = self.peak.sample()
         moved = {"permutations": layer.permutations} if layer.permutations else {}
         self.journal.write(
-            "layer", layer=index, passes=passes, seconds=elapsed, rss_anon=rss, **record, **tuning,
-            **moved,
+            "layer", layer=index, passes=passes, seconds=time.perf_counter() - started,
+            rss_anon=self.peak.sample(), **record, **tuning, **moved,
         )  # fmt: skip
         return dense, own
 
@@ -311,7 +313,7 @@ class _LayerwiseRun:
             where=f"layer {index}",
             timing=self.timing,
             tuned=self.config.tune_block,
-            spill_sums=output.scratch if "Grams" in self.plan.spill else None,
+            spill_sums=self._spill(output, "Grams"),
         )
 
     def finish(self, output: OutputFolder, model: str) -> None:
@@ -342,11 +344,15 @@ class _LayerwiseRun:
     def _store(self, output: OutputFolder, kind: str, channels: int) -> Windows:
         """Room for hidden states, made once for every kind and used again layer after layer."""
         if kind not in self._windows:
-            spills = "hidden states" in self.plan.spill
-            spill = output.scratch / kind.replace(" ", "-") if spills else None
+            folder = self._spill(output, "hidden states")
+            spill = folder and folder / kind.replace(" ", "-")
             shape = (self.split.count, self.config.seq_len, channels)
             self._windows[kind] = Windows(*shape, spill=spill)
         return self._windows[kind]
+
+    def _spill(self, output: OutputFolder, part: str) -> Path | None:
+        """Where a part of the plan's memory lies; None in memory."""
+        return output.scratch if part in self.plan.spill else None
 
     def _shard(self, number: int) -> str:
         """File names as the hub counts them, the shard outside of the layers first."""

@@ -12,7 +12,9 @@ from pathlib import Path
 from typing import IO, Any
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
+from torch import Tensor
 
 from rsprune.errors import RspruneError
 
@@ -41,6 +43,11 @@ class Scratch:
         kept: NDArray[Any] = np.asarray(place).view(array.dtype).reshape(array.shape)
         kept[...] = array
         return kept
+
+    def keep_tensor(self, tensor: Tensor) -> Tensor:
+        """The same for a tensor on the CPU, contiguous, of any type."""
+        raw = tensor.detach().reshape(-1).view(torch.uint8).numpy()
+        return torch.from_numpy(self.keep(raw)).view(tensor.dtype).reshape(tensor.shape)
 
 
 def reserve(file: IO[bytes], size: int, what: str) -> None:

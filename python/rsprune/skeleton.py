@@ -150,16 +150,9 @@ class Skeleton:
         self.checkpoint.copy_to(info.name, tensor)
         return tensor
 
-    def view(self, name: str) -> Tensor:
-        """Parameter `name` as it is stored, in the memory of its shard."""
-        return self.checkpoint.view(self._info(name).name)
-
     def stored(self, name: str) -> Tensor:
         """Parameter `name` as it is stored, in memory of its own."""
-        info = self._info(name)
-        tensor = torch.empty(info.shape, dtype=TORCH_DTYPES[info.dtype])
-        self.checkpoint.copy_to(info.name, tensor)
-        return tensor
+        return self.checkpoint.read(self._info(name).name)
 
     def stored_dtype(self, name: str) -> torch.dtype:
         """The type that parameter `name` has on disk."""
@@ -235,16 +228,17 @@ class Skeleton:
         return next(names)
 
     def load_layer(self, index: int) -> None:
-        """Brings decoder layer `index` into memory; weights of experts stay views of the disk."""
+        """Brings decoder layer `index` into memory; weights of experts stay on the disk."""
         layer = self.layers[index]
         for name, _ in list(layer.named_parameters()):
             module, _, leaf = name.rpartition(".")
             owner, full_name = layer.get_submodule(module), self.layer_name(index, name)
             if isinstance(owner, ExpertLinear):
-                tensor = self.view(full_name)
-            else:
-                kept = isinstance(owner, StoredLinear) and leaf == "weight"
-                tensor = self.load(full_name, None if kept else torch.float32)
+                info = self._info(full_name)
+                owner.lend(_Source(self.checkpoint, info.name), TORCH_DTYPES[info.dtype])
+                continue
+            kept = isinstance(owner, StoredLinear) and leaf == "weight"
+            tensor = self.load(full_name, None if kept else torch.float32)
             owner._parameters[leaf] = nn.Parameter(tensor, requires_grad=False)
 
     def layer_bytes(self) -> int:
@@ -255,25 +249,42 @@ class Skeleton:
         return sum(math.prod(shape) * size * count for (shape, size), count in most.items())
 
     def _buffers(self, index: int, layer: nn.Module) -> Iterator[tuple[tuple[int, ...], int]]:
-        """Shape and bytes an element of what a layer takes; experts do only if packed."""
+        """Shape and bytes an element of what the pool lends for a layer; experts need none."""
         for prefix, module in layer.named_modules():
+            if isinstance(module, ExpertLinear):
+                continue
             for leaf, parameter in module.named_parameters(recurse=False):
                 size = 4
                 if isinstance(module, StoredLinear) and leaf == "weight":
                     info = self._info(self.layer_name(index, f"{prefix}.{leaf}"))
-                    if isinstance(module, ExpertLinear) and info.name not in self.checkpoint.packed:
-                        continue  # memory of its file
                     size = TORCH_DTYPES[info.dtype].itemsize
                 yield tuple(parameter.shape), size
 
     def drop_layer(self, index: int) -> None:
         """Puts decoder layer `index` back on `meta`."""
         for module in self.layers[index].modules():
+            if isinstance(module, ExpertLinear):
+                module.lend(None, torch.float32)
+                continue
             for leaf, parameter in module._parameters.items():
                 if parameter is not None and parameter.device.type != "meta":
                     empty = torch.empty_like(parameter, device="meta", dtype=torch.float32)
                     module._parameters[leaf] = nn.Parameter(empty, requires_grad=False)
                     self.pool.give_back(parameter.data)
+
+
+class _Source:
+    """Reads one tensor of a checkpoint; copies of a layer share it."""
+
+    def __init__(self, checkpoint: Checkpoint, name: str) -> None:
+        self._checkpoint = checkpoint
+        self._name = name
+
+    def __call__(self, dtype: torch.dtype | None) -> Tensor:
+        return self._checkpoint.read(self._name, dtype)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> _Source:
+        return self
 
 
 def resolve_device(name: str) -> str:

@@ -15,6 +15,10 @@ from torch import Tensor, nn
 class StoredLinear(nn.Linear):
     """A linear whose weight keeps its stored type."""
 
+    def read(self) -> Tensor:
+        """The weight as it is stored."""
+        return self.weight
+
     def forward(self, input: Tensor) -> Tensor:
         """`input` [..., inputs] through the linear, in the input's type and on its device."""
         return nn.functional.linear(input, self.weight.to(input.device, input.dtype), self.bias)

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from pathlib import Path
+from typing import NamedTuple
 
 from torch import Tensor
 
@@ -11,10 +13,17 @@ from rsprune.calibrate import LayerJob
 from rsprune.methods.base import Inputs
 from rsprune.plan import Prepared
 from rsprune.timing import Timing
-from rsprune.windows import Split, Windows
+from rsprune.windows import FEW, Split, Windows
 
-WINDOWS = Split(6, 2)
-"""Calibration windows that are looked at; the second part judges."""
+
+class Spill(NamedTuple):
+    """Folders for what is not to be in memory."""
+
+    sums: Path | None = None
+    solver: Path | None = None
+
+
+IN_MEMORY = Spill()
 
 
 @dataclass(frozen=True)
@@ -34,18 +43,20 @@ class Seen:
     def outputs(self) -> Windows:
         """What the layer makes of its inputs, where no sums are wanted."""
         self.job.open(self.hidden, self.hidden)
-        self.job.replay({})
+        self.job.replay(())
         return self.job.outputs
 
 
 def few(count: int) -> Split:
     """How many of `count` windows are looked at."""
-    chosen = min(count, WINDOWS.count)
-    held = min(WINDOWS.heldout, chosen - 1)
+    chosen = min(count, FEW.count)
+    held = min(FEW.heldout, chosen - 1)
     return Split(chosen - held, held)
 
 
-def survey(prepared: Prepared, windows: Tensor, split: Split, threads: int) -> Iterator[Seen]:
+def survey(
+    prepared: Prepared, windows: Tensor, split: Split, threads: int, spill: Path | None = None
+) -> Iterator[Seen]:
     """Yields the layers in order; the caller runs each before it asks for the next.
 
     Args:
@@ -53,6 +64,7 @@ def survey(prepared: Prepared, windows: Tensor, split: Split, threads: int) -> I
         windows: [count, tokens] ids; the first `split.count` are used.
         split: which of them are for calibration, and which are held out.
         threads: worker threads.
+        spill: a folder for sums, where they are not to be in memory.
     """
     skeleton, stream = prepared.skeleton, prepared.stream
     chosen = windows[: split.count]
@@ -79,6 +91,7 @@ def survey(prepared: Prepared, windows: Tensor, split: Split, threads: int) -> I
             pool=skeleton.pool,
             where=f"layer {index}",
             timing=Timing(),
+            spill_sums=spill,
         )
         yield Seen(index, job, now)
         rooms["hidden"], rooms["next"] = job.advance()[0], now

@@ -191,10 +191,11 @@ def plan_table(plan: Plan) -> RenderableType:
 
 def stage_table(stages: Sequence[Stage]) -> RenderableType:
     """What every stage takes, by estimate; the last row is all of them together."""
-    table = new_table("stage", "reads", "writes", "about")
+    table = new_table("stage", "reads", "writes", "memory", "about")
     for stage in stages:
         about = duration(stage.seconds)
-        table.add_row(_name(stage.name), size(stage.reads), size(stage.writes), about)
+        moved = size(stage.reads), size(stage.writes)
+        table.add_row(_name(stage.name), *moved, size(stage.peak), about)
     return table
 
 

@@ -24,6 +24,10 @@ class Split:
         return self.calibration + self.heldout
 
 
+FEW = Split(6, 2)
+"""Windows that are looked at before a run; the second part judges."""
+
+
 class Windows:
     """[count, tokens, channels] float32, in memory or in a file.
 

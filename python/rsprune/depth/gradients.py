@@ -97,28 +97,31 @@ def view_gradient(
 
 
 class _Product(torch.autograd.Function):
-    """`y = x W^T + b` that notes `x` and `dloss/dy`; `W` is widened for either product."""
+    """`y = x W^T + b` that notes `x` and `dloss/dy`; `W` is read and widened for either."""
 
     @staticmethod
     def forward(
-        ctx: Any, inputs: Tensor, weight: Tensor, bias: Tensor | None, note: Callable[..., None]
+        ctx: Any,
+        inputs: Tensor,
+        bias: Tensor | None,
+        linear: StoredLinear,
+        note: Callable[..., None],
     ) -> Tensor:
-        ctx.save_for_backward(inputs, weight)
-        ctx.note = note
-        return nn.functional.linear(inputs, weight.to(inputs.device, inputs.dtype), bias)
+        ctx.save_for_backward(inputs)
+        ctx.linear, ctx.note = linear, note
+        return nn.functional.linear(inputs, linear.read().to(inputs.device, inputs.dtype), bias)
 
     @staticmethod
     def backward(ctx: Any, *deltas: Tensor) -> tuple[Tensor | None, ...]:
-        inputs, weight = ctx.saved_tensors
-        (delta,) = deltas
+        (inputs,), (delta,) = ctx.saved_tensors, deltas
         rows = delta.reshape(-1, delta.shape[-1])
         ctx.note((inputs.detach().reshape(-1, inputs.shape[-1]), rows))
-        bias = rows.sum(0) if ctx.needs_input_grad[2] else None
-        return delta @ weight.to(delta.device, delta.dtype), None, bias, None
+        bias = rows.sum(0) if ctx.needs_input_grad[1] else None
+        return delta @ ctx.linear.read().to(delta.device, delta.dtype), bias, None, None
 
 
-def _tapped(linear: nn.Linear, calls: list[tuple[Tensor, Tensor]], inputs: Tensor) -> Tensor:
-    product: Tensor = _Product.apply(inputs, linear.weight, linear.bias, calls.append)
+def _tapped(linear: StoredLinear, calls: list[tuple[Tensor, Tensor]], inputs: Tensor) -> Tensor:
+    product: Tensor = _Product.apply(inputs, linear.bias, linear, calls.append)
     return product
 
 
@@ -144,7 +147,9 @@ def sizes(
             found = _core.gradient_squares(deltas, inputs, threads=threads)
             total += Sizes(squares=found)
         else:
-            weight = _bits(layer.get_parameter(f"{name}.weight"))
+            linear = layer.get_submodule(name)
+            assert isinstance(linear, StoredLinear)
+            weight = _bits(linear.read())
             total += Sizes(*_core.gradient_sizes(deltas, inputs, *weight, threads=threads))
     for name in sorted({name for _, view in views for name in view.direct}):
         value = layer.get_parameter(name)

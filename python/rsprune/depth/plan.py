@@ -236,14 +236,15 @@ def estimate(prepared: Prepared, config: Config) -> tuple[Plan, list[Stage]]:
     times = removal.count if prepared.method.iterated else 1
     each = {"pip": 2 * 4.0, "taylor": 4.0, "bi": 1.0, "random": 0.0}.get(config.method, layers / 2)
     disk = sum(info.nbytes for info in opened.checkpoint.tensors.values())
+    peak = plan.peak_bytes
     stages = [
-        Stage("read and check", disk / DISK_BYTES_PER_SECOND, disk, 0),
-        Stage("score", times * each * texts * work / speeds.forward, times * 2 * disk, 0),
+        Stage("read and check", disk / DISK_BYTES_PER_SECOND, disk, 0, peak),
+        Stage("score", times * each * texts * work / speeds.forward, times * 2 * disk, 0, peak),
     ]
     if config.fold:
         tokens = 2 * config.samples * config.seq_len
-        stages.append(Stage("fold", tokens * work / speeds.forward, disk, 0))
-    stages.append(Stage("write", disk / DISK_BYTES_PER_SECOND, disk, plan.output_bytes))
+        stages.append(Stage("fold", tokens * work / speeds.forward, disk, 0, peak))
+    stages.append(Stage("write", disk / DISK_BYTES_PER_SECOND, disk, plan.output_bytes, peak))
     return plan, stages
 
 

@@ -6,7 +6,7 @@ from rsprune.config import Config
 from rsprune.errors import UsageError
 from rsprune.methods.admm import Admm
 from rsprune.methods.arb import ARB
-from rsprune.methods.base import Inputs, Method, Operator, Packed, Pruned
+from rsprune.methods.base import Inputs, Method, Operator, Packed, Pruned, Workspace
 from rsprune.methods.best import Best
 from rsprune.methods.billm import BiLLM
 from rsprune.methods.binarizer import Binarizer
@@ -17,6 +17,7 @@ from rsprune.methods.gptq import GPTQ
 from rsprune.methods.magnitude import Magnitude
 from rsprune.methods.pbs2p import PBS2P
 from rsprune.methods.pbs2p_exact import PBS2PExact
+from rsprune.methods.polish import WORKSPACE as POLISH
 from rsprune.methods.polish import polish
 from rsprune.methods.sparsegpt import SparseGPT
 from rsprune.methods.wanda import Wanda
@@ -31,12 +32,15 @@ __all__ = [
     "Operator",
     "Packed",
     "Pruned",
+    "Workspace",
+    "differ",
     "get",
     "inputs_of",
     "names",
     "polish",
     "removes_layers",
     "too_few",
+    "workspaces",
 ]
 
 _ALL: tuple[Method, ...] = (
@@ -68,6 +72,21 @@ def get(name: str) -> Method:
         return _METHODS[name]
     except KeyError:
         raise UsageError(f"method {name!r}: expected one of {', '.join(names())}") from None
+
+
+def differ(config: Config) -> bool:
+    """Whether operators differ in what they are pruned to, which is decided before the first is."""
+    return config.allocate or config.method in ("pbs2p", "pbs2p-exact")
+
+
+def workspaces(config: Config, columns: int) -> list[Workspace]:
+    """What the solvers of a run hold one after another, for an operator of so many channels."""
+    found = [get(config.method).workspace(columns)]
+    if config.refit or config.search:
+        found.append(POLISH)
+    if config.allocate:
+        found.append(get("sparsegpt").workspace(columns))
+    return found
 
 
 def inputs_of(method: Method, config: Config) -> Inputs:

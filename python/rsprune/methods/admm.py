@@ -13,7 +13,15 @@ from typing import Literal
 
 from rsprune import _core
 from rsprune.config import Config
-from rsprune.methods.base import Inputs, Operator, Pruned
+from rsprune.methods.base import Inputs, Operator, Pruned, Workspace
+
+LARGEST_INVERSE = 8192
+"""Wider operators are solved by conjugate gradients, without an inverse."""
+
+
+def inverses(columns: int) -> int:
+    """Matrices of the Gram's size that hold an inverse, as it is made and packed."""
+    return 2 if columns <= LARGEST_INVERSE else 0
 
 
 class Admm:
@@ -24,7 +32,10 @@ class Admm:
     scope: Literal["row", "matrix"] = "matrix"
     inputs = Inputs(propagate="layer", target="dense", true_sequential=True)
     permute = False
-    workspace = (12, 7)
+
+    def workspace(self, columns: int) -> Workspace:
+        """See `Method.workspace`."""
+        return Workspace(matrices=7, squares=1, resident=inverses(columns) + 1)
 
     def products(self, config: Config) -> float:
         """See `Method.products`."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Literal, NamedTuple, Protocol
 
 from numpy.typing import NDArray
@@ -21,6 +22,7 @@ class Operator:
         pattern: what may stay.
         calibration: sums over the calibration tokens of the operator's input.
         heldout: the same over tokens that no solver sees.
+        spill: a folder on whose disk large arrays lie while it is solved; None for memory.
     """
 
     weight: NDArray[Any]
@@ -28,6 +30,7 @@ class Operator:
     pattern: _core.Pattern
     calibration: _core.Statistics
     heldout: _core.Statistics | None
+    spill: Path | None = None
 
 
 @dataclass(frozen=True)
@@ -66,6 +69,23 @@ class Pruned(NamedTuple):
     """Only of methods with a format of their own."""
 
 
+@dataclass(frozen=True)
+class Workspace:
+    """float32 arrays that a solver holds at its peak.
+
+    Attributes:
+        matrices: of the weight's size; these may lie in a file.
+        squares: of the Gram's size that may lie in a file: of held-out sums, mostly.
+        resident: of the Gram's size that every step goes over: always in memory.
+        kept: of the weight's size that are always in memory: codes beside the values.
+    """
+
+    matrices: int
+    squares: int
+    resident: int
+    kept: int = 0
+
+
 class Method(Protocol):
     """A layer-wise pruning method."""
 
@@ -79,8 +99,10 @@ class Method(Protocol):
     """The inputs it is run on unless the user says otherwise."""
     permute: bool
     """Whether channels are permuted for keep-of patterns unless the user says otherwise."""
-    workspace: tuple[int, int]
-    """float32 arrays of the weight's size, and of the Gram's, that the solver holds at its peak."""
+
+    def workspace(self, columns: int) -> Workspace:
+        """What the solver holds for an operator with so many input channels."""
+        ...
 
     def products(self, config: Config) -> float:
         """About how many products with its Gram an operator takes, measures included."""

@@ -10,7 +10,8 @@ from typing import Literal
 
 from rsprune import _core
 from rsprune.config import Config
-from rsprune.methods.base import Inputs, Operator, Pruned
+from rsprune.methods.admm import inverses
+from rsprune.methods.base import Inputs, Operator, Pruned, Workspace
 
 
 class Best:
@@ -23,7 +24,10 @@ class Best:
         propagate="model", target="dense", true_sequential=True, correction=0.25, clip_tokens=3.0
     )
     permute = True
-    workspace = (14, 7)
+
+    def workspace(self, columns: int) -> Workspace:
+        """See `Method.workspace`."""
+        return Workspace(matrices=11, squares=1, resident=inverses(columns) + 1)
 
     def products(self, config: Config) -> float:
         """See `Method.products`."""

@@ -7,7 +7,7 @@ from typing import ClassVar, Literal
 
 from rsprune.config import Config
 from rsprune.errors import UsageError
-from rsprune.methods.base import Inputs
+from rsprune.methods.base import Inputs, Workspace
 
 CHANGERS = ("refit", "search", "tune_block", "allocate", "permute")
 """Options of steps that treat weights as numbers of their own."""
@@ -20,10 +20,13 @@ class Binarizer:
     scope: Literal["row", "matrix"] = "row"
     inputs = Inputs(propagate="model", target="own", true_sequential=False)
     permute = False
-    workspace = (5, 1)
 
     coded: ClassVar[str] = "0%"
     """What a weight's rows must be divisible by, as a pattern; nothing is pruned unless it says."""
+
+    def workspace(self, columns: int) -> Workspace:
+        """See `Method.workspace`."""
+        return Workspace(matrices=4, squares=0, resident=1, kept=1)
 
     def products(self, config: Config) -> float:
         """See `Method.products`."""

@@ -13,7 +13,7 @@ from typing import Literal
 
 from rsprune import _core
 from rsprune.config import Config
-from rsprune.methods.base import Inputs, Operator, Pruned
+from rsprune.methods.base import Inputs, Operator, Pruned, Workspace
 
 LAMBDA_START = 0.05
 """In units of the scaled weights' rms."""
@@ -27,7 +27,10 @@ class FistaPlus:
     scope: Literal["row", "matrix"] = "matrix"
     inputs = Inputs(propagate="layer", target="dense", true_sequential=True)
     permute = False
-    workspace = (12, 7)
+
+    def workspace(self, columns: int) -> Workspace:
+        """See `Method.workspace`."""
+        return Workspace(matrices=9, squares=1, resident=1)
 
     def products(self, config: Config) -> float:
         """See `Method.products`."""

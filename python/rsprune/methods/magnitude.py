@@ -6,7 +6,7 @@ from typing import Literal
 
 from rsprune import _core
 from rsprune.config import Config
-from rsprune.methods.base import Inputs, Operator, Pruned
+from rsprune.methods.base import Inputs, Operator, Pruned, Workspace
 
 
 class Magnitude:
@@ -17,7 +17,10 @@ class Magnitude:
     scope: Literal["row", "matrix"] = "matrix"
     inputs = Inputs(propagate="model", target="own", true_sequential=False)
     permute = False
-    workspace = (4, 0)
+
+    def workspace(self, columns: int) -> Workspace:
+        """See `Method.workspace`."""
+        return Workspace(matrices=2, squares=0, resident=0)
 
     def products(self, config: Config) -> float:
         """See `Method.products`."""

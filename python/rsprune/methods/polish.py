@@ -4,7 +4,10 @@ from __future__ import annotations
 
 from rsprune import _core
 from rsprune.config import Config
-from rsprune.methods.base import Operator, Pruned
+from rsprune.methods.base import Operator, Pruned, Workspace
+
+WORKSPACE = Workspace(matrices=9, squares=1, resident=1)
+"""What a polish holds beside the stored weights."""
 
 
 def polish(operator: Operator, pruned: Pruned, config: Config, *, threads: int | None) -> Pruned:

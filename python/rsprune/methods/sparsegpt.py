@@ -6,7 +6,7 @@ from typing import Literal
 
 from rsprune import _core
 from rsprune.config import Config
-from rsprune.methods.base import Inputs, Operator, Pruned
+from rsprune.methods.base import Inputs, Operator, Pruned, Workspace
 
 
 class SparseGPT:
@@ -17,7 +17,10 @@ class SparseGPT:
     scope: Literal["row", "matrix"] = "matrix"
     inputs = Inputs(propagate="model", target="own", true_sequential=False)
     permute = False
-    workspace = (4, 1)
+
+    def workspace(self, columns: int) -> Workspace:
+        """See `Method.workspace`."""
+        return Workspace(matrices=4, squares=0, resident=1)
 
     def products(self, config: Config) -> float:
         """See `Method.products`."""

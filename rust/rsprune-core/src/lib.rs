@@ -1,11 +1,12 @@
 //! The pure core of rsprune: no Python, no globals, no printing.
 //!
 //! Layers, lowest first; a module uses only those above it in this list:
-//! `error`, `disk`, `par` | `kernels` (matrix tiles) | `linalg` (GEMM, Gram, Cholesky) | `pattern` |
+//! `error`, `disk`, `buffer`, `par` | `kernels` (matrix tiles) | `linalg` (GEMM, Gram, Cholesky) | `pattern` |
 //! `pack` (packed weights) | `packed` (products with them) | `solve` (the methods), `lowrank` (maps of
 //! low rank) | `binarize` (a bit or a few a weight) and, beside them, `shard` (safetensors files).
 
 pub mod binarize;
+pub mod buffer;
 pub mod disk;
 pub mod error;
 pub mod float;

@@ -3,6 +3,7 @@
 //! Work is cut into blocks whose size never depends on the number of threads, and results come
 //! back in block order, so every sum is folded in one order: same bits for any thread count.
 
+use crate::buffer::{Buffer, Room};
 use crate::error::{Error, Result};
 use rayon::prelude::*;
 use std::sync::Mutex;
@@ -23,16 +24,37 @@ impl Pool {
     }
 }
 
-/// One call's right to use a pool, and the flag that stops it.
+/// One call's right to use a pool, the flag that stops it, and where its large arrays lie.
 pub struct Job<'a> {
     pool: &'a Pool,
     cancel: &'a AtomicBool,
+    room: Room<'a>,
 }
 
 impl<'a> Job<'a> {
     /// A job on `pool` that ends with [`Error::Cancelled`] soon after `cancel` is set.
     pub fn new(pool: &'a Pool, cancel: &'a AtomicBool) -> Job<'a> {
-        Job { pool, cancel }
+        Job { pool, cancel, room: Room::Memory }
+    }
+
+    /// The same with arrays in `room` that need not be in memory.
+    pub fn spilling(self, room: Room<'a>) -> Job<'a> {
+        Job { room, ..self }
+    }
+
+    /// Room for arrays of the size of a weight, and for matrices that are used seldom.
+    pub fn room(&self) -> Room<'a> {
+        self.room
+    }
+
+    /// `len` zeros in that room.
+    pub fn zeros(&self, len: usize) -> Result<Buffer> {
+        self.room.zeros(len)
+    }
+
+    /// A copy of `values` in that room.
+    pub fn copy(&self, values: &[f32]) -> Result<Buffer> {
+        self.room.copy(values)
     }
 
     /// `Err(Cancelled)` once the caller asked to stop. Loops call this about every 10 ms of work.

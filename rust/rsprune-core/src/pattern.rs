@@ -85,7 +85,11 @@ impl Pattern {
         let unit = match *self {
             Pattern::KeepOf { of, .. } => of,
             Pattern::Ratio { scope: Scope::Row, .. } => cols,
-            Pattern::Ratio { scope: Scope::Matrix, .. } => values.len(),
+            Pattern::Ratio { sparsity, scope: Scope::Matrix } => {
+                return zero_smallest(values, Pattern::zeros(sparsity, values.len()), |i| {
+                    scale.map_or(1.0, |s| s[i % cols])
+                });
+            }
         };
         let mut scores = Vec::with_capacity(unit);
         for (u, group) in values.chunks_mut(unit.max(1)).enumerate() {
@@ -138,6 +142,45 @@ fn keep_largest<const OF: usize>(values: &mut [f32], keep: usize) {
             *value = if larger < keep { *value } else { 0.0 };
         }
     }
+}
+
+/// Sets the `count` entries with the smallest `|value| * scale(index)` to zero, of equals the first.
+/// Whole matrices are not sorted but counted, twice: no copy of them is made.
+fn zero_smallest(values: &mut [f32], count: usize, scale: impl Fn(usize) -> f32) {
+    if count == 0 {
+        return;
+    }
+    let score = |i: usize, v: f32| order(v.abs() * scale(i));
+    let (mut below, mut threshold) = (0, 0u32);
+    for shift in [16, 0] {
+        let mut counts = vec![0usize; 1 << 16];
+        for (i, v) in values.iter().enumerate() {
+            let key = score(i, *v);
+            if shift == 16 || key >> 16 == threshold >> 16 {
+                counts[(key >> shift) as usize & 0xffff] += 1;
+            }
+        }
+        let mut digit = 0;
+        while below + counts[digit] < count {
+            below += counts[digit];
+            digit += 1;
+        }
+        threshold |= (digit as u32) << shift;
+    }
+    let mut ties = count - below;
+    for (i, v) in values.iter_mut().enumerate() {
+        let key = score(i, *v);
+        if key < threshold || (key == threshold && ties > 0) {
+            ties -= usize::from(key == threshold);
+            *v = 0.0;
+        }
+    }
+}
+
+/// The place of a float in [`f32::total_cmp`]'s order.
+fn order(value: f32) -> u32 {
+    let bits = value.to_bits();
+    bits ^ if bits >> 31 == 1 { u32::MAX } else { 1 << 31 }
 }
 
 /// Calls `mark` with the indices of the `count` smallest scores; ties go to the lowest index, so

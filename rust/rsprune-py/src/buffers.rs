@@ -1,8 +1,10 @@
 //! NumPy arrays in, NumPy arrays out. Arrays must be C-contiguous: a copy is never made silently.
 
+use crate::errors::to_py;
 use numpy::{PyArray2, PyArrayMethods, PyReadonlyArray2, PyUntypedArrayMethods};
 use pyo3::exceptions::{PyTypeError, PyValueError};
 use pyo3::prelude::*;
+use rsprune_core::buffer::{Buffer, Room};
 use rsprune_core::float::Float;
 
 /// Weights as they are stored: f32, or the bits of a half type.
@@ -14,7 +16,7 @@ pub enum Stored<'py> {
 impl<'py> Stored<'py> {
     /// `array [m, n]`: float32 for dtype "F32", uint16 bit patterns for "BF16" and "F16".
     pub fn extract(array: &Bound<'py, PyAny>, dtype: &str) -> PyResult<Stored<'py>> {
-        let float = Float::parse(dtype).map_err(crate::errors::to_py)?;
+        let float = Float::parse(dtype).map_err(to_py)?;
         let wrong = |_| {
             let kind = if float == Float::F32 { "float32" } else { "uint16 (bit patterns)" };
             PyTypeError::new_err(format!("weight: {dtype} needs a 2-D C-contiguous {kind} array"))
@@ -49,14 +51,17 @@ impl<'py> Stored<'py> {
         })
     }
 
-    /// The values in f32.
-    pub fn widen(&self) -> PyResult<Vec<f32>> {
-        Ok(match self {
-            Stored::Single(a) => row_major("weight", a)?.to_vec(),
+    /// The values in f32, in `room`.
+    pub fn widen(&self, room: Room) -> PyResult<Buffer> {
+        match self {
+            Stored::Single(a) => room.copy(row_major("weight", a)?).map_err(to_py),
             Stored::Half(a, float) => {
-                row_major("weight", a)?.iter().map(|b| float.from_bits(*b)).collect()
+                let bits = row_major("weight", a)?;
+                let mut values = room.zeros(bits.len()).map_err(to_py)?;
+                values.iter_mut().zip(bits).for_each(|(v, b)| *v = float.from_bits(*b));
+                Ok(values)
             }
-        })
+        }
     }
 }
 
@@ -82,12 +87,12 @@ impl Rows<'_> {
 /// `values [m, n]`, already rounded to `float`, as an array of the stored kind.
 pub fn store<'py>(
     py: Python<'py>,
-    values: Vec<f32>,
+    values: &[f32],
     (rows, cols): (usize, usize),
     float: Float,
 ) -> PyResult<Bound<'py, PyAny>> {
     match float {
-        Float::F32 => Ok(matrix(py, values, rows, cols)?.into_any()),
+        Float::F32 => Ok(matrix(py, values.to_vec(), rows, cols)?.into_any()),
         _ => {
             let bits = values.iter().map(|v| float.to_bits(*v)).collect::<Vec<u16>>();
             Ok(matrix(py, bits, rows, cols)?.into_any())

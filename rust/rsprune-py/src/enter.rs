@@ -61,7 +61,7 @@ pub fn short<T: Send>(
 pub fn run<T: Send>(
     py: Python<'_>,
     threads: Option<usize>,
-    call: impl FnOnce(&Job) -> Result<T> + Send,
+    call: impl FnOnce(Job) -> Result<T> + Send,
 ) -> PyResult<T> {
     let threads = threads.unwrap_or_else(default_threads);
     let pool = pool(threads).map_err(to_py)?;
@@ -71,7 +71,7 @@ pub fn run<T: Send>(
         std::thread::scope(|scope| {
             let (done, wait) = channel();
             let worker = scope.spawn(|| {
-                let result = call(&Job::new(&pool, &cancel));
+                let result = call(Job::new(&pool, &cancel));
                 drop(done);
                 result
             });

@@ -32,7 +32,7 @@ fn gradient_sizes(
     let rows = stored.rows()?;
     let sizes = run(py, threads, |job| {
         let row = |r: usize, values: &mut [f32]| rows.widen(r, values);
-        linalg::gradient_sizes(job, &Kernel::select()?, (d, m), (a, n), row)
+        linalg::gradient_sizes(&job, &Kernel::select()?, (d, m), (a, n), row)
     })?;
     Ok((sizes.l1, sizes.squares, sizes.taylor))
 }
@@ -48,7 +48,7 @@ fn gradient_squares(
 ) -> PyResult<f64> {
     let (m, n) = (deltas.shape()[1], inputs.shape()[1]);
     let (d, a) = (row_major("deltas", &deltas)?, row_major("inputs", &inputs)?);
-    run(py, threads, |job| linalg::gradient_squares(job, &Kernel::select()?, (d, m), (a, n)))
+    run(py, threads, |job| linalg::gradient_squares(&job, &Kernel::select()?, (d, m), (a, n)))
 }
 
 pub fn register(m: &Bound<'_, PyModule>) -> PyResult<()> {

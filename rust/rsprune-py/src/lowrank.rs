@@ -7,6 +7,7 @@ use numpy::{PyArray1, PyArray2, PyReadonlyArray1, PyReadonlyArray2, PyUntypedArr
 use pyo3::exceptions::PyValueError;
 use pyo3::prelude::*;
 use pyo3::types::PyDict;
+use rsprune_core::buffer::Room;
 use rsprune_core::kernels::Kernel;
 use rsprune_core::linalg::{self, Svd};
 use rsprune_core::lowrank::{self, Map};
@@ -40,9 +41,9 @@ fn truncated_svd<'py>(
     let stored = Stored::extract(weight, dtype)?;
     let (m, n) = stored.shape();
     check_rank(rank, m.min(n))?;
-    let values = stored.widen()?;
+    let values = stored.widen(Room::Memory)?;
     let svd = run(py, threads, |job| {
-        linalg::truncated_svd(job, &Kernel::select()?, &values, (m, n), rank, seed)
+        linalg::truncated_svd(&job, &Kernel::select()?, &values, (m, n), rank, seed)
     })?;
     Ok((
         matrix(py, svd.left, rank, m)?,
@@ -68,7 +69,7 @@ fn pair_distance<'py>(
         return Err(PyValueError::new_err(message));
     }
     let (one, other) = (svd(&one)?, svd(&other)?);
-    run(py, threads, |job| lowrank::pair_distance(job, &one, &other, rank))
+    run(py, threads, |job| lowrank::pair_distance(&job, &one, &other, rank))
 }
 
 fn svd(given: &Given<'_>) -> PyResult<Svd> {
@@ -131,7 +132,7 @@ impl Regression {
         };
         run(py, threads, |job| {
             let mut inner = self.inner.write().unwrap_or_else(|e| e.into_inner());
-            inner.add(job, &Kernel::select()?, x, targets)
+            inner.add(&job, &Kernel::select()?, x, targets)
         })
     }
 
@@ -155,7 +156,7 @@ impl Regression {
         rank.map_or(Ok(()), |rank| check_rank(rank, inputs.min(outputs)))?;
         let found = run(py, threads, |job| {
             let (own, other) = (self.lock(), heldout.map(Regression::lock));
-            lowrank::fit(job, &Kernel::select()?, &own, other.as_deref(), rank, &dampings)
+            lowrank::fit(&job, &Kernel::select()?, &own, other.as_deref(), rank, &dampings)
         })?;
         let facts = PyDict::new(py);
         facts.set_item("damping", found.damping)?;
@@ -183,9 +184,9 @@ impl Regression {
             return Err(PyValueError::new_err(message));
         }
         check_rank(rank, m.min(n))?;
-        let values = stored.widen()?;
+        let values = stored.widen(Room::Memory)?;
         let map =
-            run(py, threads, |job| self.lock().factors(job, &Kernel::select()?, &values, rank))?;
+            run(py, threads, |job| self.lock().factors(&job, &Kernel::select()?, &values, rank))?;
         factors(py, map, inputs, m)
     }
 }

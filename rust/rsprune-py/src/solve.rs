@@ -9,11 +9,13 @@ use pyo3::exceptions::PyValueError;
 use pyo3::prelude::*;
 use pyo3::types::{IntoPyDict, PyDict};
 use rsprune_core::Result;
+use rsprune_core::buffer::Room;
 use rsprune_core::par::Job;
 use rsprune_core::solve::{
     self, AdmmOptions, Certificate, FistaOptions, FistaPlusOptions, PolishOptions, Solution, Task,
     WarmStart,
 };
+use std::path::PathBuf;
 
 pub type Pruned<'py> = (Bound<'py, PyAny>, Bound<'py, PyDict>);
 
@@ -25,6 +27,14 @@ pub struct Operator<'py> {
     pattern: Py<Pattern>,
     calibration: Py<Statistics>,
     heldout: Option<Py<Statistics>>,
+    spill: Option<PathBuf>,
+}
+
+impl Operator<'_> {
+    /// Where large arrays lie while the operator is solved.
+    fn room(&self) -> Room<'_> {
+        self.spill.as_deref().map_or(Room::Memory, Room::Folder)
+    }
 }
 
 /// Runs a method: the weight as it is stored, and its certificate.
@@ -46,7 +56,7 @@ pub fn pruned<'py>(
 ) -> PyResult<Pruned<'py>> {
     let stored = Stored::extract(&operator.weight, &operator.dtype)?;
     let certificate = certificate_dict(py, &solution.certificate)?;
-    Ok((store(py, solution.values, stored.shape(), stored.float())?, certificate))
+    Ok((store(py, &solution.values, stored.shape(), stored.float())?, certificate))
 }
 
 /// Checks the operator, detaches, and hands it to the core.
@@ -57,14 +67,17 @@ pub fn with_task<T: Send>(
     call: impl FnOnce(&Job, &Task) -> Result<T> + Send,
 ) -> PyResult<T> {
     let stored = Stored::extract(&operator.weight, &operator.dtype)?;
-    let (weight, float, shape) = (stored.widen()?, stored.float(), stored.shape());
+    let (float, shape) = (stored.float(), stored.shape());
     let pattern = operator.pattern.get().0;
     let (calibration, heldout) = (operator.calibration.get(), operator.heldout.as_ref());
     let heldout = heldout.map(|h| h.get());
     pattern.check("weight", shape.1).map_err(to_py)?;
     check_width("calibration", calibration, shape.1)?;
     heldout.map_or(Ok(()), |h| check_width("heldout", h, shape.1))?;
+    let room = operator.room();
+    let weight = stored.widen(room)?;
     run(py, threads, |job| {
+        let job = &job.spilling(room);
         let calibration = calibration.lock();
         let heldout = heldout.map(Statistics::lock);
         // Sums of no tokens judge nothing: every point would have the error zero.
@@ -248,7 +261,7 @@ fn polish<'py>(
         let message = format!("values: expected the weight's shape {expected:?}, found {found:?}");
         return Err(PyValueError::new_err(message));
     }
-    let values = values.widen()?;
+    let values = values.widen(operator.room())?;
     let options = PolishOptions { refit, search, ..PolishOptions::default() };
     solve_with(py, &operator, threads, |job, task| solve::polish(job, task, values, &options))
 }

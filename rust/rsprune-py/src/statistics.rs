@@ -6,6 +6,7 @@ use crate::errors::to_py;
 use numpy::{PyArray1, PyArray2, PyReadonlyArray2, PyUntypedArrayMethods};
 use pyo3::exceptions::{PyTypeError, PyValueError};
 use pyo3::prelude::*;
+use rsprune_core::buffer::Room;
 use rsprune_core::kernels::Kernel;
 use rsprune_core::pattern::{Pattern as CorePattern, Scope};
 use rsprune_core::solve;
@@ -40,7 +41,7 @@ impl Pattern {
     /// Whether `weight [m, n]` has at least the zeros of the pattern, everywhere.
     fn holds(&self, py: Python<'_>, weight: &Bound<'_, PyAny>, dtype: &str) -> PyResult<bool> {
         let stored = Stored::extract(weight, dtype)?;
-        let (values, cols) = (stored.widen()?, stored.shape().1);
+        let (values, cols) = (stored.widen(Room::Memory)?, stored.shape().1);
         crate::enter::detach(py, || Ok(self.0.holds(&values, cols.max(1))))
     }
 
@@ -59,7 +60,7 @@ impl Pattern {
 }
 
 /// Sums over the tokens of one shared input of `width` channels; see the core's `Statistics`. With
-/// `spill`, a name that is free, their values lie in a file without one instead of in memory.
+/// `spill`, a folder, their values lie in files without a name on its disk instead of in memory.
 #[pyclass(frozen, module = "rsprune._core")]
 pub struct Statistics {
     inner: RwLock<solve::Statistics>,
@@ -102,7 +103,8 @@ impl Statistics {
         if width == 0 {
             return Err(PyValueError::new_err("width: expected at least one channel, found 0"));
         }
-        let inner = solve::Statistics::new(width, corrected, spill.as_deref()).map_err(to_py)?;
+        let room = spill.as_deref().map_or(Room::Memory, Room::Folder);
+        let inner = solve::Statistics::new(width, corrected, room).map_err(to_py)?;
         Ok(Statistics { inner: RwLock::new(inner) })
     }
 
@@ -125,7 +127,7 @@ impl Statistics {
         let dense = dense.as_ref().map(|d| row_major("dense", d)).transpose()?;
         run(py, threads, |job| {
             let mut inner = self.inner.write().unwrap_or_else(|e| e.into_inner());
-            inner.add(job, &Kernel::select()?, x, dense)
+            inner.add(&job, &Kernel::select()?, x, dense)
         })
     }
 

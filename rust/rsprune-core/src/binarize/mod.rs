@@ -23,6 +23,7 @@ pub use exact::{SCALE_COLUMNS, Stage, exact, signs_bits};
 pub use gptq::gptq;
 pub use pbs2p::pbs2p;
 
+use crate::buffer::Buffer;
 use crate::error::{Error, Result};
 use crate::pack::{Dense, Groups, Part, true_bits};
 use crate::par::Job;
@@ -48,7 +49,7 @@ fn dense_of(task: &Task) -> Result<Dense> {
 fn certify(
     job: &Job,
     task: &Task,
-    values: Vec<f32>,
+    values: Buffer,
     (format, layout, bytes): (String, Vec<Part>, Vec<Vec<u8>>),
     nominal: f64,
 ) -> Result<Packed> {

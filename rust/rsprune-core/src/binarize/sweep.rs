@@ -12,6 +12,7 @@
 //! ```
 //! which leaves out what the columns of a block would have told each other.
 
+use crate::buffer::Buffer;
 use crate::error::Result;
 use crate::kernels::Kernel;
 use crate::linalg::{PackedB, ROW_BLOCK, Scratch, gemm, invert_upper};
@@ -49,13 +50,13 @@ pub(super) struct Sweep {
     pub n: usize,
     compensation: Compensation,
     /// `R`, or `U` where compensation is as published.
-    factor: Vec<f32>,
+    factor: Buffer,
     /// Diagonal blocks of the metric, one behind the other.
     metric: Vec<Vec<f32>>,
     width: usize,
     /// A row: `n` values (final left of the block, targets from there on), then `n` losses as the
     /// factor takes them.
-    state: Vec<f32>,
+    state: Buffer,
 }
 
 /// What a solver found in one block: what its rows share, and of every row.
@@ -66,7 +67,7 @@ pub(super) fn run<S: BlockSolver>(
     job: &Job,
     factor: Factor,
     solver: &S,
-) -> Result<(Vec<f32>, Vec<Found<S>>)> {
+) -> Result<(Buffer, Vec<Found<S>>)> {
     let n = factor.n;
     let mut sweep = Sweep::new(job, factor, S::WIDTH, solver.compensation())?;
     let mut found = Vec::new();
@@ -90,7 +91,7 @@ impl Sweep {
         let Factor { n, kernel, mut r, target } = factor;
         let blocks = (0..n).step_by(width).map(|first| first..(first + width).min(n));
         let metric = blocks.map(|b| metric(&r, n, &b, compensation)).collect();
-        let mut state = vec![0.0; 2 * target.len()];
+        let mut state = job.zeros(2 * target.len())?;
         for (row, target) in state.chunks_exact_mut(2 * n).zip(target.chunks_exact(n)) {
             row[..n].copy_from_slice(target);
         }

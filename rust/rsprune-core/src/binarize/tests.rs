@@ -2,6 +2,7 @@
 
 use super::{Packed, arb, billm, gptq, pbs2p};
 use crate::Result;
+use crate::buffer::Room;
 use crate::float::Float;
 use crate::kernels::Kernel;
 use crate::pack::{Dense, Groups, binary, row_column, uniform};
@@ -30,7 +31,7 @@ fn check(
 ) {
     let (pool, flag) = (Pool::new(2).unwrap(), AtomicBool::new(false));
     let (job, kernel) = (Job::new(&pool, &flag), Kernel::select().unwrap());
-    let mut calibration = Statistics::new(COLS, false, None).unwrap();
+    let mut calibration = Statistics::new(COLS, false, Room::Memory).unwrap();
     calibration.add(&job, &kernel, &noise(300 * COLS, 7), None).unwrap();
     for float in [Float::F32, Float::Bf16, Float::F16] {
         let weight: Vec<f32> =

@@ -30,24 +30,54 @@ pub fn gemm(
     gemm_add(kernel, scratch, a, b, 0..b.k, c);
 }
 
+/// Overwrites `c[:, columns]` by the same columns of `a * b`; they begin with a panel of `b`, and end
+/// with one or with `b`.
+pub fn gemm_columns(
+    kernel: &Kernel,
+    scratch: &mut Scratch,
+    a: (&[f32], usize, usize),
+    b: &PackedB,
+    columns: Range<usize>,
+    c: &mut [f32],
+) {
+    let whole = |edge: usize| edge.is_multiple_of(kernel.nr) || edge == b.n;
+    assert!(whole(columns.start) && whole(columns.end), "{columns:?} cut a panel");
+    for row in c.chunks_exact_mut(b.n).take(a.1) {
+        row[columns.clone()].fill(0.0);
+    }
+    let panels = columns.start / kernel.nr..columns.end.div_ceil(kernel.nr);
+    add_panels(kernel, scratch, a, b, (0..b.k, panels), c);
+}
+
 /// Adds `a [rows, range] * b[range, :]` to `c [rows, b.n]`; rows of `a` lie `a_stride` apart.
 pub fn gemm_add(
     kernel: &Kernel,
     scratch: &mut Scratch,
-    (a, rows, a_stride): (&[f32], usize, usize),
+    a: (&[f32], usize, usize),
     b: &PackedB,
     range: Range<usize>,
+    c: &mut [f32],
+) {
+    add_panels(kernel, scratch, a, b, (range, 0..b.n.div_ceil(kernel.nr)), c);
+}
+
+/// The same for some column panels of `b`.
+fn add_panels(
+    kernel: &Kernel,
+    scratch: &mut Scratch,
+    (a, rows, a_stride): (&[f32], usize, usize),
+    b: &PackedB,
+    (range, panels): (Range<usize>, Range<usize>),
     c: &mut [f32],
 ) {
     for k0 in range.clone().step_by(K_CHUNK) {
         let k1 = (k0 + K_CHUNK).min(range.end);
         let columns = (k0 - range.start, k1 - range.start);
         let packed = scratch.pack_rows(kernel, a, rows, columns, a_stride);
-        let panels = b.n.div_ceil(kernel.nr);
-        for j in 0..panels {
+        for j in panels.clone() {
             let panel = b.panel(j, k0, k1);
             // The next panel comes from afar: a share of it with every tile of this one.
-            let next = if j + 1 < panels { b.panel(j + 1, k0, k1) } else { &[] };
+            let next = if j + 1 < panels.end { b.panel(j + 1, k0, k1) } else { &[] };
             let share = panel.len().div_ceil(rows.div_ceil(kernel.mr)).next_multiple_of(16);
             let mut coming = next.chunks(share);
             for (i, a_panel) in packed.chunks_exact(kernel.mr * (k1 - k0)).enumerate() {
@@ -100,19 +130,6 @@ pub fn dot(a: &[f32], b: &[f32]) -> f64 {
     lanes.iter().sum::<f64>() + tail
 }
 
-/// `tr(D B D^T)` for `d [rows, n]` against a packed square `B`.
-pub fn quadratic_form(
-    kernel: &Kernel,
-    scratch: &mut Scratch,
-    d: &[f32],
-    rows: usize,
-    b: &PackedB,
-) -> f64 {
-    let mut product = vec![0.0; rows * b.n];
-    gemm(kernel, scratch, (d, rows, b.n), b, &mut product);
-    dot(&d[..rows * b.n], &product)
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -150,6 +167,22 @@ mod tests {
                 for (x, y) in c.iter().zip(&expected) {
                     prop_assert!((f64::from(*x) - y).abs() < 1e-3, "{}", kernel.name);
                 }
+            }
+        }
+
+        #[test]
+        fn strips_of_columns_are_the_whole(m in 1usize..30, k in 1usize..300, n in 1usize..200, seed: u64) {
+            let (a, b) = (noise(m * k, seed), noise(k * n, seed ^ 7));
+            for kernel in Kernel::available() {
+                let packed = PackedB::new(&kernel, &b, k, n, n);
+                let mut scratch = Scratch::default();
+                let (mut whole, mut strips) = (vec![0.0; m * n], vec![f32::NAN; m * n]);
+                gemm(&kernel, &mut scratch, (&a, m, k), &packed, &mut whole);
+                for first in (0..n).step_by(2 * kernel.nr) {
+                    let columns = first..(first + 2 * kernel.nr).min(n);
+                    gemm_columns(&kernel, &mut scratch, (&a, m, k), &packed, columns, &mut strips);
+                }
+                prop_assert_eq!(&whole, &strips);
             }
         }
 

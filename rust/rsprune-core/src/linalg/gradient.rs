@@ -14,6 +14,7 @@
 use super::gemm::{ROW_BLOCK, dot, gemm};
 use super::gram::block_product;
 use super::pack::{PackedB, Scratch};
+use crate::buffer::Room;
 use crate::error::{Error, Result};
 use crate::kernels::Kernel;
 use crate::par::Job;
@@ -109,7 +110,7 @@ fn tokens_of((deltas, m): (&[f32], usize), (inputs, n): (&[f32], usize)) -> Resu
 /// `X^T [n, tokens]`, packed.
 fn transposed(job: &Job, kernel: &Kernel, x: &[f32], n: usize, tokens: usize) -> Result<PackedB> {
     let width = PackedB::panel_width(kernel);
-    PackedB::filled(job, kernel, (n, tokens), |rows, columns, tile| {
+    PackedB::filled(job, kernel, Room::Memory, (n, tokens), |rows, columns, tile| {
         for (row, values) in rows.zip(tile.chunks_exact_mut(width)) {
             for (column, value) in columns.clone().zip(values) {
                 *value = x[column * n + row];

@@ -9,13 +9,12 @@
 //! and half its memory, which decides what fits where an input is 14,336 channels wide. Sums of f64
 //! would double that again to remove an error that a batch in f32 has anyway.
 
-use super::buffer::Buffer;
 use super::gemm::{K_CHUNK, add_tile};
 use super::pack::{PackedB, Scratch};
+use crate::buffer::{Buffer, Room};
 use crate::error::{Error, Result};
 use crate::kernels::Kernel;
 use crate::par::Job;
-use std::path::Path;
 
 /// Rows of the sum that one worker owns at a time.
 const BLOCK: usize = 112;
@@ -31,9 +30,8 @@ pub struct GramSum {
 }
 
 impl GramSum {
-    /// An empty sum; `symmetric` promises that every batch has `Y = X`. With `spill` its values are
-    /// in a file of that name instead of in memory.
-    pub fn new(n: usize, symmetric: bool, spill: Option<&Path>) -> Result<GramSum> {
+    /// An empty sum in `room`; `symmetric` promises that every batch has `Y = X`.
+    pub fn new(n: usize, symmetric: bool, room: Room) -> Result<GramSum> {
         let sum = Buffer::memory(0);
         let mut made = GramSum { n, symmetric, sum, starts: Vec::with_capacity(n) };
         let mut end = 0;
@@ -41,7 +39,7 @@ impl GramSum {
             made.starts.push(end);
             end += made.columns(row / BLOCK);
         }
-        made.sum = spill.map_or_else(|| Ok(Buffer::memory(end)), |path| Buffer::file(path, end))?;
+        made.sum = room.zeros(end)?;
         Ok(made)
     }
 
@@ -158,7 +156,7 @@ mod tests {
                 let mut found = Vec::new();
                 for threads in [1, 2, 5] {
                     let pool = Pool::new(threads).unwrap();
-                    let mut sum = GramSum::new(n, symmetric, None).unwrap();
+                    let mut sum = GramSum::new(n, symmetric, Room::Memory).unwrap();
                     for _ in 0..2 {
                         sum.add(&Job::new(&pool, &flag), &kernel, &x, &packed).unwrap();
                     }
@@ -180,23 +178,18 @@ mod tests {
 
     #[test]
     fn sums_in_a_file_are_sums_in_memory() {
-        let folder = std::env::temp_dir().join(format!("rsprune-sums-{}", std::process::id()));
-        std::fs::create_dir(&folder).unwrap();
-        let path = folder.join("sums");
+        let folder = std::env::temp_dir();
         let (n, tokens, flag) = (130, 9, AtomicBool::new(false));
         let x: Vec<f32> = (0..tokens * n).map(|i| (i % 17) as f32 - 8.0).collect();
         let (kernel, pool) = (Kernel::select().unwrap(), Pool::new(2).unwrap());
         let packed = PackedB::new(&kernel, &x, tokens, n, n);
         for symmetric in [true, false] {
-            let mut sums = [None, Some(&*path)].map(|s| GramSum::new(n, symmetric, s).unwrap());
-            assert_eq!(std::fs::read_dir(&folder).unwrap().count(), 0); // it has no name any more
+            let rooms = [Room::Memory, Room::Folder(&folder)];
+            let mut sums = rooms.map(|room| GramSum::new(n, symmetric, room).unwrap());
             for sum in &mut sums {
                 sum.add(&Job::new(&pool, &flag), &kernel, &x, &packed).unwrap();
             }
             assert_eq!(sums[0].value(), sums[1].value());
         }
-        std::fs::write(&path, "taken").unwrap();
-        assert!(GramSum::new(n, true, Some(&path)).is_err());
-        std::fs::remove_dir_all(folder).unwrap();
     }
 }

@@ -2,7 +2,6 @@
 //! inverse, leading singular vectors and eigenvectors, one assignment, sizes of gradients. Everything is serial inside of a row block; blocks run in parallel.
 
 mod assignment;
-mod buffer;
 mod cholesky;
 mod gemm;
 mod gradient;
@@ -17,7 +16,7 @@ mod triangular;
 
 pub use assignment::assign;
 pub use cholesky::reversed_cholesky;
-pub use gemm::{ROW_BLOCK, dot, gemm, gemm_add, quadratic_form};
+pub use gemm::{ROW_BLOCK, dot, gemm, gemm_add, gemm_columns};
 pub use gradient::{GradientSizes, gradient_sizes, gradient_squares};
 pub use gram::GramSum;
 pub use inverse::invert;

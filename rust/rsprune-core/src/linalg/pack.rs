@@ -1,37 +1,10 @@
 //! Panels: the order of elements in which a tile kernel reads its operands.
 
+use crate::buffer::{Buffer, Room};
 use crate::error::Result;
 use crate::kernels::Kernel;
 use crate::par::Job;
 use std::ops::Range;
-
-#[derive(Clone, Copy)]
-#[repr(C, align(64))]
-struct Line([f32; 16]);
-
-/// A zeroed f32 buffer that starts on a cache line, so no vector load straddles two.
-struct Aligned {
-    lines: Vec<Line>,
-}
-
-impl Aligned {
-    fn zeros(len: usize) -> Aligned {
-        Aligned { lines: vec![Line([0.0; 16]); len.div_ceil(16)] }
-    }
-
-    #[allow(unsafe_code)] // Line is 16 f32 without padding
-    fn as_mut(&mut self) -> &mut [f32] {
-        let len = self.lines.len() * 16;
-        // SAFETY: `lines` owns exactly `len` consecutive f32.
-        unsafe { std::slice::from_raw_parts_mut(self.lines.as_mut_ptr().cast(), len) }
-    }
-
-    #[allow(unsafe_code)] // Line is 16 f32 without padding
-    fn as_ref(&self) -> &[f32] {
-        // SAFETY: as in `as_mut`.
-        unsafe { std::slice::from_raw_parts(self.lines.as_ptr().cast(), self.lines.len() * 16) }
-    }
-}
 
 /// The right operand `B [k, n]` in column panels of `nr`, the last one padded with zeros.
 pub struct PackedB {
@@ -40,17 +13,15 @@ pub struct PackedB {
     /// Columns of B.
     pub n: usize,
     nr: usize,
-    data: Aligned,
+    data: Buffer,
 }
 
 impl PackedB {
     /// Packs `k` rows of `n` values that lie `stride` apart.
     pub fn new(kernel: &Kernel, b: &[f32], k: usize, n: usize, stride: usize) -> PackedB {
         let nr = kernel.nr;
-        let mut data = Aligned::zeros(n.div_ceil(nr) * nr * k);
-        // Room comes in whole cache lines: there may be more of it than panels.
-        let panels = data.as_mut().chunks_exact_mut((nr * k).max(1)).take(n.div_ceil(nr));
-        for (j, panel) in panels.enumerate() {
+        let mut data = Buffer::memory(n.div_ceil(nr) * nr * k);
+        for (j, panel) in data.chunks_exact_mut((nr * k).max(1)).enumerate() {
             let (c0, c1) = (j * nr, ((j + 1) * nr).min(n));
             for (p, row) in panel.chunks_exact_mut(nr).enumerate() {
                 row[..c1 - c0].copy_from_slice(&b[p * stride + c0..p * stride + c1]);
@@ -59,19 +30,19 @@ impl PackedB {
         PackedB { k, n, nr, data }
     }
 
-    /// `B [k, n]` whose entries `fill(rows, columns, tile)` writes, a tile of a panel at a time; so
-    /// the matrix itself need not be in memory beside its packed form.
+    /// `B [k, n]` in `room`, whose entries `fill(rows, columns, tile)` writes, a tile of a panel at a
+    /// time; so the matrix itself need not be in memory beside its packed form.
     pub fn filled(
         job: &Job,
         kernel: &Kernel,
+        room: Room,
         (k, n): (usize, usize),
         fill: impl Fn(Range<usize>, Range<usize>, &mut [f32]) + Sync,
     ) -> Result<PackedB> {
         const TILE: usize = 64;
         let nr = kernel.nr;
-        let used = n.div_ceil(nr) * nr * k;
-        let mut data = Aligned::zeros(used);
-        job.map_blocks(&mut data.as_mut()[..used], (nr * k).max(1), |j, panel| {
+        let mut data = room.zeros(n.div_ceil(nr) * nr * k)?;
+        job.map_blocks(&mut data, (nr * k).max(1), |j, panel| {
             for (t, tile) in panel.chunks_mut(TILE * nr).enumerate() {
                 let rows = t * TILE..t * TILE + tile.len() / nr;
                 fill(rows, j * nr..((j + 1) * nr).min(n), tile);
@@ -89,7 +60,38 @@ impl PackedB {
     /// Rows `k0..k1` of column panel `j`.
     pub(super) fn panel(&self, j: usize, k0: usize, k1: usize) -> &[f32] {
         let start = j * self.nr * self.k;
-        &self.data.as_ref()[start + k0 * self.nr..start + k1 * self.nr]
+        &self.data[start + k0 * self.nr..start + k1 * self.nr]
+    }
+
+    /// `B[i, j]`.
+    #[inline]
+    pub fn at(&self, i: usize, j: usize) -> f32 {
+        self.data[(j / self.nr * self.k + i) * self.nr + j % self.nr]
+    }
+
+    /// Calls `piece(first column, values)` along row `i`, a panel at a time.
+    #[inline]
+    pub fn along_row(&self, i: usize, mut piece: impl FnMut(usize, &[f32])) {
+        for first in (0..self.n).step_by(self.nr) {
+            let start = first * self.k + i * self.nr;
+            piece(first, &self.data[start..start + self.nr.min(self.n - first)]);
+        }
+    }
+
+    /// Copies `B[rows, columns]` to `out`, row after row.
+    pub fn read(&self, rows: Range<usize>, columns: Range<usize>, out: &mut [f32]) {
+        let width = columns.len();
+        let mut first = columns.start;
+        while first < columns.end {
+            // Panel outermost: its rows lie side by side.
+            let (j, offset) = (first / self.nr, first % self.nr);
+            let count = (self.nr - offset).min(columns.end - first);
+            let panel = self.panel(j, rows.start, rows.end).chunks_exact(self.nr);
+            for (row, out) in panel.zip(out.chunks_exact_mut(width)) {
+                out[first - columns.start..][..count].copy_from_slice(&row[offset..offset + count]);
+            }
+            first += count;
+        }
     }
 }
 
@@ -153,6 +155,28 @@ impl Scratch {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn a_packed_matrix_is_read_back() {
+        for kernel in Kernel::available() {
+            for (k, n) in [(1, 1), (7, 45), (40, 3 * kernel.nr)] {
+                let b: Vec<f32> = (0..k * n).map(|i| i as f32).collect();
+                let packed = PackedB::new(&kernel, &b, k, n, n);
+                let (rows, columns) = (k / 3..k, n / 4..n - n / 5);
+                let mut part = vec![0.0; rows.len() * columns.len()];
+                packed.read(rows.clone(), columns.clone(), &mut part);
+                for i in rows.clone() {
+                    packed.along_row(i, |first, values| {
+                        assert_eq!(values, &b[i * n + first..][..values.len()]);
+                    });
+                    for j in columns.clone() {
+                        let at = (i - rows.start) * columns.len() + j - columns.start;
+                        assert_eq!((b[i * n + j], b[i * n + j]), (packed.at(i, j), part[at]));
+                    }
+                }
+            }
+        }
+    }
 
     #[test]
     fn a_single_narrow_row_has_no_panel_beyond_its_end() {

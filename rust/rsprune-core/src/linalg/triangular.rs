@@ -5,13 +5,12 @@ use crate::error::Result;
 use crate::kernels::Kernel;
 use crate::par::Job;
 
-/// The rows `Z = B (R R^T)^-1` for `b [m, n]` and upper triangular `r [n, n]`.
+/// Overwrites the rows `b [m, n]` with `B (R R^T)^-1` for upper triangular `r [n, n]`.
 ///
 /// Both substitutions walk along rows of `R`: `Y R^T = B` from the last column by dot products,
 /// then `Z R = Y` from the first by row updates.
-pub fn solve_rows(job: &Job, b: &[f32], r: &[f32], n: usize) -> Result<Vec<f32>> {
-    let mut out = b.to_vec();
-    job.map_blocks(&mut out, (ROW_BLOCK / 4) * n, |_, rows| {
+pub fn solve_rows(job: &Job, b: &mut [f32], r: &[f32], n: usize) -> Result<()> {
+    job.map_blocks(b, (ROW_BLOCK / 4) * n, |_, rows| {
         for row in rows.chunks_exact_mut(n) {
             for j in (0..n).rev() {
                 let r_row = &r[j * n + j..(j + 1) * n];
@@ -27,7 +26,7 @@ pub fn solve_rows(job: &Job, b: &[f32], r: &[f32], n: usize) -> Result<Vec<f32>>
         }
         Ok(())
     })?;
-    Ok(out)
+    Ok(())
 }
 
 /// Overwrites upper triangular `r [n, n]` with its inverse.
@@ -83,7 +82,8 @@ mod tests {
             }
         }
         let b: Vec<f32> = (0..3 * n).map(|i| (i as f32 * 0.37).sin()).collect();
-        let z = solve_rows(&Job::new(&pool, &flag), &b, &r, n).unwrap();
+        let mut z = b.clone();
+        solve_rows(&Job::new(&pool, &flag), &mut z, &r, n).unwrap();
         for row in 0..3 {
             for j in 0..n {
                 let mut sum = 0.0f64;

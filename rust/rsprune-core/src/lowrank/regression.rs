@@ -10,6 +10,7 @@
 //! Reduced-rank regression is exact: `B C^T` is the covariance of what the full fit explains, penalty
 //! included (Izenman 1975, "Reduced-rank regression for the multivariate linear model").
 
+use crate::buffer::Room;
 use crate::error::{Error, Result};
 use crate::float::first_non_finite;
 use crate::kernels::Kernel;
@@ -58,7 +59,7 @@ pub struct Fit {
 impl Regression {
     /// Sums of nothing.
     pub fn new(inputs: usize, outputs: usize) -> Result<Regression> {
-        let gram = GramSum::new(inputs, true, None)?;
+        let gram = GramSum::new(inputs, true, Room::Memory)?;
         let cross = vec![0.0; inputs * outputs];
         Ok(Regression { inputs, outputs, gram, cross, energy: 0.0, tokens: 0 })
     }
@@ -117,7 +118,8 @@ impl Regression {
         reversed_cholesky(job, kernel, &mut h, n, damping)?;
         let mut cross = transposed(&self.cross, m);
         scale_columns(&mut cross, &units);
-        let mut whole = solve_rows(job, &cross, &h, n)?;
+        let mut whole = cross.clone();
+        solve_rows(job, &mut whole, &h, n)?;
         drop(h);
         let Some(rank) = rank else {
             scale_columns(&mut whole, &units);
@@ -163,12 +165,13 @@ impl Regression {
         let width = PackedB::panel_width(kernel);
         for c0 in (0..n).step_by(PANEL) {
             let w = PANEL.min(n - c0);
-            let packed = PackedB::filled(job, kernel, (n, w), |range, columns, tile| {
-                for (row, i) in tile.chunks_exact_mut(width).zip(range) {
-                    let entries = row.iter_mut().zip(columns.clone());
-                    entries.for_each(|(v, j)| *v = self.gram.at(i, c0 + j) as f32);
-                }
-            })?;
+            let packed =
+                PackedB::filled(job, kernel, Room::Memory, (n, w), |range, columns, tile| {
+                    for (row, i) in tile.chunks_exact_mut(width).zip(range) {
+                        let entries = row.iter_mut().zip(columns.clone());
+                        entries.for_each(|(v, j)| *v = self.gram.at(i, c0 + j) as f32);
+                    }
+                })?;
             job.map_blocks(&mut out, ROW_BLOCK * n, |block, lines| {
                 let count = lines.len() / n;
                 let mut product = vec![0.0f32; count * w];

@@ -21,6 +21,7 @@
 use super::problem::Problem;
 use super::refit::{System, product, refit};
 use super::{GramQuadratic, Solution, Task};
+use crate::buffer::Buffer;
 use crate::error::{Error, Result};
 use crate::linalg::{PackedB, ROW_BLOCK, Scratch, gemm, invert};
 use crate::par::Job;
@@ -88,7 +89,7 @@ pub fn admm(job: &Job, task: &Task, options: &AdmmOptions) -> Result<Solution> {
 /// Where the splitting ended.
 pub(super) struct Split {
     /// The projected point `Z` in scaled variables, before a refit.
-    pub values: Vec<f32>,
+    pub values: Buffer,
     pub iterations: usize,
     /// Whether the support came to rest.
     pub converged: bool,
@@ -100,7 +101,7 @@ pub(super) fn admm_point(
     term: &GramQuadratic,
     options: &AdmmOptions,
 ) -> Result<Split> {
-    let mut state = State::new(term);
+    let mut state = State::new(job, term)?;
     let mut rho = options.rho;
     let (mut iterations, mut converged) = (0, false);
     while !converged && iterations < options.max_iterations {
@@ -118,46 +119,63 @@ pub(super) fn admm_point(
             _ => options.growth[2],
         };
     }
-    Ok(Split { values: state.z(), iterations, converged })
+    Ok(Split { values: state.z(job)?, iterations, converged })
 }
 
 /// `Z` and `U` of every row block side by side, so that one worker owns both.
 struct State<'a> {
     term: &'a GramQuadratic<'a>,
-    blocks: Vec<f32>,
+    blocks: Buffer,
 }
 
 impl<'a> State<'a> {
     /// `Z = W`, `U = 0`.
-    fn new(term: &'a GramQuadratic<'a>) -> State<'a> {
-        let mut blocks = Vec::with_capacity(2 * term.weight.len());
-        for w in term.weight.chunks(ROW_BLOCK * term.n) {
-            blocks.extend_from_slice(w);
-            blocks.resize(blocks.len() + w.len(), 0.0);
+    fn new(job: &Job, term: &'a GramQuadratic<'a>) -> Result<State<'a>> {
+        let mut state = State { term, blocks: job.zeros(2 * term.weight.len())? };
+        let len = state.block_len();
+        for (block, w) in state.blocks.chunks_mut(len).zip(term.weight.chunks(len / 2)) {
+            block[..w.len()].copy_from_slice(w);
         }
-        State { term, blocks }
+        Ok(state)
     }
 
     fn block_len(&self) -> usize {
         2 * ROW_BLOCK * self.term.n
     }
 
-    fn z(&self) -> Vec<f32> {
-        self.blocks.chunks(self.block_len()).flat_map(|b| &b[..b.len() / 2]).copied().collect()
+    /// `Z` of every row block, or `U` where `second`.
+    fn halves(&self, second: bool) -> impl Iterator<Item = &[f32]> {
+        self.blocks.chunks(self.block_len()).map(move |block| {
+            let (z, u) = block.split_at(block.len() / 2);
+            if second { u } else { z }
+        })
     }
 
-    fn support(&self) -> Vec<bool> {
-        let blocks = self.blocks.chunks(self.block_len());
-        blocks.flat_map(|b| &b[..b.len() / 2]).map(|z| *z != 0.0).collect()
+    fn gathered(&self, job: &Job, second: bool) -> Result<Buffer> {
+        let mut all = job.zeros(self.blocks.len() / 2)?;
+        let parts = all.chunks_mut(self.block_len() / 2).zip(self.halves(second));
+        parts.for_each(|(out, half)| out.copy_from_slice(half));
+        Ok(all)
+    }
+
+    fn z(&self, job: &Job) -> Result<Buffer> {
+        self.gathered(job, false)
+    }
+
+    /// Which weights are kept, a bit each; every row block begins a word.
+    fn support(&self) -> Vec<u64> {
+        let words = self.halves(false).flat_map(|z| z.chunks(64));
+        words
+            .map(|z| z.iter().enumerate().fold(0, |w, (i, z)| w | u64::from(*z != 0.0) << i))
+            .collect()
     }
 
     /// How many weights came into or left the support, as a share of those that are kept.
-    fn changed(&self, before: &[bool]) -> f64 {
+    fn changed(&self, before: &[u64]) -> f64 {
         let now = self.support();
-        let kept = now.iter().filter(|k| **k).count();
-        let new = now.iter().zip(before).filter(|(now, before)| **now && !**before).count();
-        let gone = now.iter().zip(before).filter(|(now, before)| !**now && **before).count();
-        (new + gone) as f64 / kept.max(1) as f64
+        let kept: u64 = now.iter().map(|w| u64::from(w.count_ones())).sum();
+        let moved: u64 = now.iter().zip(before).map(|(a, b)| u64::from((a ^ b).count_ones())).sum();
+        moved as f64 / kept.max(1) as f64
     }
 
     /// One iteration at `rho`. A pattern that counts over the matrix is projected in between.
@@ -183,8 +201,7 @@ impl<'a> State<'a> {
 
     fn project_whole(&mut self, job: &Job, pattern: Pattern, rho: f32) -> Result<()> {
         let len = self.block_len();
-        let mut all: Vec<f32> =
-            self.blocks.chunks(len).flat_map(|b| &b[b.len() / 2..]).copied().collect();
+        let mut all = self.gathered(job, true)?;
         pattern.project(&mut all, self.term.n, None);
         job.map_blocks(&mut self.blocks, len, |i, block| {
             let (z, u) = block.split_at_mut(block.len() / 2);
@@ -242,7 +259,12 @@ impl Resolvent {
         if n > options.largest_inverse {
             return Ok(Resolvent::Iterative { shift });
         }
-        let mut h = term.gram.clone();
+        let mut h = Buffer::memory(n * n);
+        job.map_blocks(&mut h, ROW_BLOCK * n, |i, rows| {
+            let first = i * ROW_BLOCK;
+            term.packed.read(first..first + rows.len() / n, 0..n, rows);
+            Ok(())
+        })?;
         (0..n).for_each(|i| h[i * n + i] += shift);
         invert(job, &term.kernel, &mut h, n)?;
         Ok(Resolvent::Inverse(PackedB::new(&term.kernel, &h, n, n, n)))
@@ -277,6 +299,7 @@ impl Resolvent {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::buffer::Room;
     use crate::float::Float;
     use crate::kernels::Kernel;
     use crate::par::Pool;
@@ -291,7 +314,7 @@ mod tests {
         let weight: Vec<f32> = (0..rows * n).map(|i| noise(i * 3 + 1)).collect();
         let (pool, flag) = (Pool::new(2).unwrap(), AtomicBool::new(false));
         let job = Job::new(&pool, &flag);
-        let mut calibration = Statistics::new(n, false, None).unwrap();
+        let mut calibration = Statistics::new(n, false, Room::Memory).unwrap();
         calibration.add(&job, &Kernel::select().unwrap(), &x, None).unwrap();
         let (float, pattern) = (Float::F32, Pattern::KeepOf { keep: 2, of: 4 });
         let task =

@@ -8,10 +8,9 @@
 //! busy the machine was.
 
 use super::admm::{AdmmOptions, admm_point};
-use super::fista_plus::{FistaPlusOptions, fista_plus_point};
+use super::fista_plus::{FistaPlusOptions, Starts, fista_plus_point};
 use super::polish::{PolishOptions, Polished, polish_point};
-use super::problem::Problem;
-use super::sparsegpt::sparsegpt_point;
+use super::problem::Unpacked;
 use super::{Solution, Task};
 use crate::error::Result;
 use crate::par::Job;
@@ -25,7 +24,20 @@ const FISTA_PLUS: usize = 790;
 /// Solves one operator with every method that fits into `budget` products with its Gram; the
 /// first one (ADMM) always runs.
 pub fn best(job: &Job, task: &Task, budget: usize) -> Result<Solution> {
-    let problem = Problem::new(job, task)?;
+    let options = FistaPlusOptions::default();
+    let (mut sparsegpt, mut starts) = (None, None);
+    let problem = if budget >= ADMM + SPARSEGPT + FISTA_PLUS {
+        let (found, problem) = Starts::find(job, task, &options)?;
+        sparsegpt = Some(job.copy(&found.sparsegpt)?);
+        starts = Some(found);
+        problem
+    } else {
+        let problem = Unpacked::new(job, task)?;
+        if budget >= ADMM + SPARSEGPT {
+            sparsegpt = Some(problem.sparsegpt_point(job, options.damping)?);
+        }
+        problem.pack(job)?
+    };
     let polish = |values| polish_point(job, &problem, values, &PolishOptions::default());
     let split = admm_point(job, task.pattern, &problem.term, &AdmmOptions::slow())?;
     let mut winner = polish(split.values)?;
@@ -36,12 +48,11 @@ pub fn best(job: &Job, task: &Task, budget: usize) -> Result<Solution> {
             *winner = found;
         }
     };
-    if budget >= ADMM + SPARSEGPT {
-        let values = sparsegpt_point(job, task.pattern, &problem.term, 0.01)?;
+    if let Some(values) = sparsegpt {
         consider("sparsegpt", polish(values)?, &mut winner);
     }
-    if budget >= ADMM + SPARSEGPT + FISTA_PLUS {
-        let (_, polished) = fista_plus_point(job, &problem, &FistaPlusOptions::default())?;
+    if let Some(starts) = starts {
+        let (_, polished) = fista_plus_point(job, &problem, starts, &options)?;
         consider("fista-plus", polished, &mut winner);
     }
     let mut solution = winner.certify(job, &problem)?;

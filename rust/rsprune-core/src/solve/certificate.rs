@@ -2,6 +2,7 @@
 
 use super::Statistics;
 use super::measure::relative_error;
+use crate::buffer::Buffer;
 use crate::error::Result;
 use crate::float::Float;
 use crate::par::Job;
@@ -64,7 +65,7 @@ pub struct Bits {
 /// A pruned operator.
 pub struct Solution {
     /// `V [m, n]`, rounded to the stored type.
-    pub values: Vec<f32>,
+    pub values: Buffer,
     /// Its figures.
     pub certificate: Certificate,
 }
@@ -76,7 +77,7 @@ impl Task<'_> {
     }
 
     /// Rounds `values` to the stored type and measures them there.
-    pub(crate) fn certify(&self, job: &Job, mut values: Vec<f32>) -> Result<Solution> {
+    pub(crate) fn certify(&self, job: &Job, mut values: Buffer) -> Result<Solution> {
         self.store(&mut values);
         let measure = |stats| relative_error(job, self.weight, &values, stats);
         let error = measure(self.calibration)?;

@@ -7,92 +7,93 @@
 //! on the number of tokens or on the scale of the activations. In the *scaled* form the variables
 //! are `W R` with `R = diag(sqrt G_jj)` as well, so that `diag(G)` is one: plain gradient steps are
 //! then preconditioned, and a weight's size is what it does to the output.
+//!
+//! A term is made in two steps, as a factor of `G` and its packed form are each as large as `G`:
+//! [`Terms`] first, from which SparseGPT's point is found, then the packed [`GramQuadratic`]. No more
+//! than one such matrix is in memory at a time; what else is as large, or as large as the weight,
+//! lies in the job's room.
 
 use super::Statistics;
 use super::measure::ratio;
 use super::statistics::Sum;
+use crate::buffer::{Buffer, Room};
 use crate::error::{Error, Result};
 use crate::float::first_non_finite;
 use crate::kernels::Kernel;
-use crate::linalg::{PackedB, ROW_BLOCK, Scratch, dot, gemm, quadratic_form};
+use crate::linalg::{PackedB, ROW_BLOCK, Scratch, dot, gemm_columns};
 use crate::par::Job;
-use std::borrow::Cow;
-use std::ops::Range;
+use std::ops::{Deref, Range};
+use std::sync::Arc;
 
 /// Channels count as at least this much of the mean one: scaling stays invertible where a channel
 /// is dead, its weights are the first to go, and damping holds those of a nearly dead one.
 const SMALLEST_ROOT: f64 = 1e-2;
 
-/// One operator's data term, ready to be evaluated.
-pub struct GramQuadratic<'a> {
+/// Columns of a packed matrix that all rows are multiplied with before the next ones: a matrix that
+/// lies in a file is read once a product and not once a row block.
+const STRIP: usize = 1024;
+
+/// A matrix of the weight's shape that several may look at.
+#[derive(Clone)]
+pub enum Weight<'a> {
+    /// The caller's.
+    Lent(&'a [f32]),
+    /// In other variables.
+    Own(Arc<Buffer>),
+}
+
+impl Deref for Weight<'_> {
+    type Target = [f32];
+
+    fn deref(&self) -> &[f32] {
+        match self {
+            Weight::Lent(values) => values,
+            Weight::Own(values) => values,
+        }
+    }
+}
+
+/// What of a data term is no larger than the weight.
+pub struct Terms<'a> {
     /// The kernel for products with `G`.
     pub kernel: Kernel,
     /// `W [m, n]`, in the variables of this term.
-    pub weight: Cow<'a, [f32]>,
+    pub weight: Weight<'a>,
     /// Input channels.
     pub n: usize,
-    /// `G [n, n]`, normalised to a mean diagonal of one (scaled: to a diagonal of ones). Empty in
-    /// a term that only measures.
-    pub gram: Vec<f32>,
-    /// `G`, packed.
-    pub packed: PackedB,
     /// `B = W P [m, n]`, absent where the inputs of both models agree.
-    pub linear: Option<Vec<f32>>,
+    pub linear: Option<Buffer>,
+    /// By which rows and columns of the sums are multiplied `[n]`.
+    scale: Vec<f64>,
     /// `2 c`.
     constant: f64,
-    /// `|| W X ||^2`, by which errors are divided.
+    /// `|| W X ||^2`, by which errors are divided; of uncorrected sums it needs `G`.
     energy: f64,
 }
 
-impl<'a> GramQuadratic<'a> {
-    /// The data term of `weight [m, n]` under the sums of its input.
-    pub fn new(job: &Job, weight: &'a [f32], stats: &Statistics) -> Result<GramQuadratic<'a>> {
-        let mut term = GramQuadratic::measuring(job, weight, stats)?;
-        term.gram = normalised(job, stats)?;
-        Ok(term)
+impl<'a> Terms<'a> {
+    /// Those of `weight [m, n]` under the sums of its input.
+    pub fn new(job: &Job, weight: &'a [f32], stats: &Statistics) -> Result<Terms<'a>> {
+        let scale = vec![1.0 / mean_root(stats); stats.width()];
+        Terms::build(job, Weight::Lent(weight), stats, scale)
     }
 
-    /// The same for [`GramQuadratic::relative_error`] alone, in half the memory.
-    pub fn measuring(
-        job: &Job,
-        weight: &'a [f32],
-        stats: &Statistics,
-    ) -> Result<GramQuadratic<'a>> {
-        GramQuadratic::build(job, Cow::Borrowed(weight), stats, &unit(stats))
-    }
-
-    /// The same in the variables `weight * roots`; see [`roots`].
+    /// The same where `weight` is in the variables `W * roots`; see [`roots`].
     pub fn scaled(
         job: &Job,
-        weight: &[f32],
+        weight: Weight<'a>,
         stats: &Statistics,
         roots: &[f32],
-    ) -> Result<GramQuadratic<'static>> {
-        let mut term = GramQuadratic::scaled_measuring(job, weight, stats, roots)?;
-        term.gram = stats.matrix(job, Sum::Gram, &inverse(stats, roots))?;
-        Ok(term)
-    }
-
-    /// Scaled, for measuring alone.
-    pub fn scaled_measuring(
-        job: &Job,
-        weight: &[f32],
-        stats: &Statistics,
-        roots: &[f32],
-    ) -> Result<GramQuadratic<'static>> {
-        let mut scaled = weight.to_vec();
-        for row in scaled.chunks_exact_mut(roots.len().max(1)) {
-            row.iter_mut().zip(roots).for_each(|(w, r)| *w *= r);
-        }
-        GramQuadratic::build(job, Cow::Owned(scaled), stats, &inverse(stats, roots))
+    ) -> Result<Terms<'a>> {
+        Terms::build(job, weight, stats, inverse(stats, roots))
     }
 
     fn build(
         job: &Job,
-        weight: Cow<'a, [f32]>,
+        weight: Weight<'a>,
         stats: &Statistics,
-        s: &[f64],
-    ) -> Result<GramQuadratic<'a>> {
+        scale: Vec<f64>,
+    ) -> Result<Terms<'a>> {
         let (kernel, n) = (Kernel::select()?, stats.width());
         if n == 0 || !weight.len().is_multiple_of(n) {
             return Err(Error::Shape {
@@ -104,19 +105,43 @@ impl<'a> GramQuadratic<'a> {
         if let Some(index) = first_non_finite(&weight) {
             return Err(Error::NonFinite { what: "weight".into(), index });
         }
-        let packed = stats.packed(job, &kernel, Sum::Gram, s)?;
-        let (gram, linear, constant, energy) = (Vec::new(), None, 0.0, 0.0);
-        let mut term = GramQuadratic { kernel, weight, n, gram, packed, linear, constant, energy };
+        let (linear, constant, energy) = (None, 0.0, 0.0);
+        let mut terms = Terms { kernel, weight, n, linear, scale, constant, energy };
         if stats.corrected() {
-            let packed = |which| stats.packed(job, &kernel, which, s);
-            let energy = term.form(job, &term.weight, &packed(Sum::Dense)?)?;
-            let constant = term.form(job, &term.weight, &packed(Sum::Drift)?)?;
-            let linear = term.product(job, &term.weight, &packed(Sum::Cross)?)?;
-            (term.energy, term.constant, term.linear) = (energy, constant, Some(linear));
-        } else {
-            term.energy = term.form(job, &term.weight, &term.packed)?;
+            terms.energy = terms.form(job, &terms.packed(job, stats, Sum::Dense, job.room())?)?;
+            terms.constant = terms.form(job, &terms.packed(job, stats, Sum::Drift, job.room())?)?;
+            let cross = terms.packed(job, stats, Sum::Cross, job.room())?;
+            let linear = multiply(job, &kernel, &terms.rows(), terms.weight.len(), &cross)?;
+            terms.linear = Some(linear);
         }
-        Ok(term)
+        Ok(terms)
+    }
+
+    /// `G [n, n]`, normalised to a mean diagonal of one (scaled: to a diagonal of ones).
+    pub fn gram(&self, job: &Job, stats: &Statistics) -> Result<Buffer> {
+        stats.matrix(job, Sum::Gram, &self.scale)
+    }
+
+    /// The data term for solvers: its Gram in memory.
+    pub fn solving(self, job: &Job, stats: &Statistics) -> Result<GramQuadratic<'a>> {
+        self.with_gram(job, stats, Room::Memory)
+    }
+
+    /// The data term for judging points now and then: its Gram in the job's room.
+    pub fn measuring(self, job: &Job, stats: &Statistics) -> Result<GramQuadratic<'a>> {
+        self.with_gram(job, stats, job.room())
+    }
+
+    fn with_gram(mut self, job: &Job, stats: &Statistics, room: Room) -> Result<GramQuadratic<'a>> {
+        let packed = self.packed(job, stats, Sum::Gram, room)?;
+        if !stats.corrected() {
+            self.energy = self.form(job, &packed)?;
+        }
+        Ok(GramQuadratic { terms: self, packed })
+    }
+
+    fn packed(&self, job: &Job, stats: &Statistics, which: Sum, room: Room) -> Result<PackedB> {
+        stats.packed(job, &self.kernel, which, &self.scale, room)
     }
 
     /// Rows of the term's `linear` that lie in `range` of the flat matrix.
@@ -124,61 +149,104 @@ impl<'a> GramQuadratic<'a> {
         self.linear.as_ref().map(|b| &b[range])
     }
 
-    /// `tr(A M A^T)`, row blocks in parallel, folded in order.
-    fn form(&self, job: &Job, a: &[f32], m: &PackedB) -> Result<f64> {
-        let len = ROW_BLOCK * self.n;
-        let parts = job.map(a.len().div_ceil(len), |i| {
-            let rows = &a[i * len..((i + 1) * len).min(a.len())];
-            let mut scratch = Scratch::default();
-            Ok(quadratic_form(&self.kernel, &mut scratch, rows, rows.len() / self.n, m))
-        })?;
-        Ok(parts.iter().sum())
+    fn rows(&self) -> impl Fn(Range<usize>) -> Vec<f32> + Sync {
+        |range| self.weight[range].to_vec()
     }
 
-    fn product(&self, job: &Job, a: &[f32], m: &PackedB) -> Result<Vec<f32>> {
-        let mut out = vec![0.0f32; a.len()];
-        let len = ROW_BLOCK * self.n;
-        job.map_blocks(&mut out, len, |i, c| {
-            let rows = c.len() / self.n;
-            gemm(&self.kernel, &mut Scratch::default(), (&a[i * len..], rows, self.n), m, c);
-            Ok(())
-        })?;
-        Ok(out)
+    /// `tr(W M W^T)`.
+    fn form(&self, job: &Job, m: &PackedB) -> Result<f64> {
+        form(job, &self.kernel, &self.rows(), (self.weight.len(), None), m)
     }
+}
 
+/// One operator's data term, ready to be evaluated.
+pub struct GramQuadratic<'a> {
+    terms: Terms<'a>,
+    /// `G`, packed.
+    pub packed: PackedB,
+}
+
+impl<'a> Deref for GramQuadratic<'a> {
+    type Target = Terms<'a>;
+
+    fn deref(&self) -> &Terms<'a> {
+        &self.terms
+    }
+}
+
+impl GramQuadratic<'_> {
     /// `|| V X* - W X ||^2 / || W X ||^2`.
     pub fn relative_error(&self, job: &Job, v: &[f32]) -> Result<f64> {
-        let error = self.difference(job, v, &self.weight, self.linear.as_deref())? + self.constant;
-        ratio(error, self.energy)
+        self.relative_error_of(job, v, |_| ())
+    }
+
+    /// The same at what `change` makes of the rows of `v`, of which a block is made at a time.
+    pub fn relative_error_of(
+        &self,
+        job: &Job,
+        v: &[f32],
+        change: impl Fn(&mut [f32]) + Sync,
+    ) -> Result<f64> {
+        let difference = |range: Range<usize>| {
+            let mut d = v[range.clone()].to_vec();
+            change(&mut d);
+            d.iter_mut().zip(&self.weight[range]).for_each(|(v, w)| *v -= w);
+            d
+        };
+        let linear = self.linear.as_deref();
+        let error = form(job, &self.kernel, &difference, (v.len(), linear), &self.packed)?;
+        ratio(error + self.constant, self.energy)
     }
 
     /// `|| (A - B) X* ||^2 / || W X ||^2`.
     pub fn relative_distance(&self, job: &Job, a: &[f32], b: &[f32]) -> Result<f64> {
-        ratio(self.difference(job, a, b, None)?, self.energy)
+        let difference = |range: Range<usize>| -> Vec<f32> {
+            a[range.clone()].iter().zip(&b[range]).map(|(x, y)| x - y).collect()
+        };
+        ratio(form(job, &self.kernel, &difference, (a.len(), None), &self.packed)?, self.energy)
     }
+}
 
-    /// `tr(D G D^T) + 2 <D, linear>` with `D = A - B`, of which a block of rows exists at a time.
-    fn difference(&self, job: &Job, a: &[f32], b: &[f32], linear: Option<&[f32]>) -> Result<f64> {
-        let len = ROW_BLOCK * self.n;
-        let parts = job.map(a.len().div_ceil(len), |i| {
-            let range = i * len..((i + 1) * len).min(a.len());
-            let pairs = a[range.clone()].iter().zip(&b[range.clone()]);
-            let d: Vec<f32> = pairs.map(|(x, y)| x - y).collect();
-            let cross = linear.map_or(0.0, |l| dot(&d, &l[range]));
-            let (rows, mut scratch) = (d.len() / self.n, Scratch::default());
-            Ok(quadratic_form(&self.kernel, &mut scratch, &d, rows, &self.packed) + 2.0 * cross)
+/// `tr(D M D^T) + 2 <D, linear>` for `len` values of `D`, of which `rows` makes those of a range.
+/// Row blocks in parallel, folded in order.
+fn form(
+    job: &Job,
+    kernel: &Kernel,
+    rows: &(impl Fn(Range<usize>) -> Vec<f32> + Sync),
+    (len, linear): (usize, Option<&[f32]>),
+    m: &PackedB,
+) -> Result<f64> {
+    let product = multiply(job, kernel, rows, len, m)?;
+    let block = ROW_BLOCK * m.n;
+    let parts = job.map(len.div_ceil(block), |i| {
+        let range = i * block..((i + 1) * block).min(len);
+        let d = rows(range.clone());
+        let cross = linear.map_or(0.0, |l| dot(&d, &l[range.clone()]));
+        Ok(dot(&d, &product[range]) + 2.0 * cross)
+    })?;
+    Ok(parts.iter().sum())
+}
+
+/// `D M` in the job's room, with `D` as in [`form`].
+fn multiply(
+    job: &Job,
+    kernel: &Kernel,
+    rows: &(impl Fn(Range<usize>) -> Vec<f32> + Sync),
+    len: usize,
+    m: &PackedB,
+) -> Result<Buffer> {
+    let (n, block) = (m.n, ROW_BLOCK * m.n);
+    let mut product = job.zeros(len)?;
+    for first in (0..n).step_by(STRIP) {
+        let columns = first..(first + STRIP).min(n);
+        job.map_blocks(&mut product, block, |i, c| {
+            let d = rows(i * block..i * block + c.len());
+            let left = (&d[..], c.len() / n, n);
+            gemm_columns(kernel, &mut Scratch::default(), left, m, columns.clone(), c);
+            Ok(())
         })?;
-        Ok(parts.iter().sum())
     }
-}
-
-/// `G [n, n]`, normalised to a mean diagonal of one.
-pub(super) fn normalised(job: &Job, stats: &Statistics) -> Result<Vec<f32>> {
-    stats.matrix(job, Sum::Gram, &unit(stats))
-}
-
-fn unit(stats: &Statistics) -> Vec<f64> {
-    vec![1.0 / mean_root(stats); stats.width()]
+    Ok(product)
 }
 
 fn inverse(stats: &Statistics, roots: &[f32]) -> Vec<f64> {
@@ -196,4 +264,11 @@ fn mean_root(stats: &Statistics) -> f64 {
 pub fn roots(stats: &Statistics) -> Vec<f32> {
     let mean = mean_root(stats);
     stats.diagonal().iter().map(|g| (g.sqrt() / mean).max(SMALLEST_ROOT) as f32).collect()
+}
+
+/// `W R`: from the stored variables to the scaled ones, in place.
+pub(super) fn scale(values: &mut [f32], roots: &[f32]) {
+    for row in values.chunks_exact_mut(roots.len().max(1)) {
+        row.iter_mut().zip(roots).for_each(|(v, r)| *v *= r);
+    }
 }

@@ -98,14 +98,16 @@ impl Groups {
         let (n, rows) = (term.n, v.len() / term.n);
         let mut changed = false;
         let mut change = vec![0.0f32; rows * BLOCK];
+        let mut square = vec![0.0f32; BLOCK * BLOCK];
         let mut scratch = Scratch::default();
         for b0 in (0..n).step_by(BLOCK) {
             let w = BLOCK.min(n - b0);
-            let change = &mut change[..rows * w];
+            let (change, square) = (&mut change[..rows * w], &mut square[..w * w]);
+            term.packed.read(b0..b0 + w, b0..b0 + w, square);
             for (k, change) in change.chunks_exact_mut(w).enumerate() {
                 let row = k * n..(k + 1) * n;
-                let v = &mut v[row.clone()];
-                changed |= term.kernel.vectorised(|| self.sweep_row(term, v, &g[row], b0, change));
+                let (v, g) = (&mut v[row.clone()], &g[row]);
+                changed |= term.kernel.vectorised(|| self.sweep_row(square, v, g, b0, change));
             }
             gemm_add(&term.kernel, &mut scratch, (change, rows, w), &term.packed, b0..b0 + w, g);
             for (g, change) in g.chunks_exact_mut(n).zip(change.chunks_exact(w)) {
@@ -115,28 +117,29 @@ impl Groups {
         changed
     }
 
-    /// The groups of one row between `b0` and `b0 + change.len()`; `change` is what was added.
+    /// The groups of one row between `b0` and `b0 + change.len()`, of which `square` are the rows
+    /// and columns of `G`; `change` is what was added.
     #[inline]
     fn sweep_row(
         &self,
-        term: &GramQuadratic,
+        square: &[f32],
         v: &mut [f32],
         g: &[f32],
         b0: usize,
         change: &mut [f32],
     ) -> bool {
-        let (n, w) = (term.n, change.len());
+        let w = change.len();
         let mut local = [0.0f32; BLOCK];
         local[..w].copy_from_slice(&g[b0..b0 + w]);
         let mut changed = false;
         for c in (0..w).step_by(self.of) {
             let old = &mut v[b0 + c..b0 + c + self.of];
-            let new = self.minimise(term, b0 + c, old, &local[c..c + self.of]);
+            let new = self.minimise((square, w), (b0, c), old, &local[c..c + self.of]);
             for (j, (old, new)) in old.iter_mut().zip(new).enumerate() {
                 let d = new - *old;
                 change[c + j] = d;
                 if d != 0.0 {
-                    let h = &term.gram[(b0 + c + j) * n + b0..][..w];
+                    let h = &square[(c + j) * w..][..w];
                     local[c..w].iter_mut().zip(&h[c..]).for_each(|(g, h)| *g += d * h);
                     local[c + j] += self.damping * d;
                     changed |= (*old == 0.0) != (new == 0.0);
@@ -149,16 +152,22 @@ impl Groups {
 
     /// The exact minimiser over one group of one row.
     #[inline]
-    fn minimise(&self, term: &GramQuadratic, c: usize, v: &[f32], g: &[f32]) -> [f32; 16] {
+    fn minimise(
+        &self,
+        (square, w): (&[f32], usize),
+        (b0, c): (usize, usize),
+        v: &[f32],
+        g: &[f32],
+    ) -> [f32; 16] {
         let mut h = [0.0f32; 16];
         for j in 0..self.of {
-            let row = &term.gram[(c + j) * term.n + c..][..self.of];
+            let row = &square[(c + j) * w + c..][..self.of];
             let dot: f32 = row.iter().zip(v).map(|(h, v)| h * v).sum();
             h[j] = dot + self.damping * v[j] - g[j];
         }
         let keep = self.patterns[0].len();
         let each = self.patterns.len() * keep * keep;
-        let inverses = &self.inverses[c / self.of * each..][..each];
+        let inverses = &self.inverses[(b0 + c) / self.of * each..][..each];
         let (mut best, mut gain) = (0, f32::NEG_INFINITY);
         for (p, (pattern, inverse)) in
             self.patterns.iter().zip(inverses.chunks_exact(keep * keep)).enumerate()
@@ -187,7 +196,7 @@ fn small_inverse(term: &GramQuadratic, c: usize, pattern: &[usize], damping: f32
     let mut a = vec![0.0f64; k * k];
     for (i, p) in pattern.iter().enumerate() {
         for (j, q) in pattern.iter().enumerate() {
-            a[i * k + j] = f64::from(term.gram[(c + p) * term.n + c + q]);
+            a[i * k + j] = f64::from(term.packed.at(c + p, c + q));
         }
         a[i * k + i] += f64::from(damping).max(1e-6); // twin channels have no inverse
     }
@@ -216,10 +225,12 @@ fn swap_sweep(
     damping: f32,
 ) -> bool {
     let mut changed = false;
+    let diagonal: Vec<f32> = (0..term.n).map(|i| term.packed.at(i, i)).collect();
     for (v, g) in v.chunks_exact_mut(term.n).zip(g.chunks_exact_mut(term.n)) {
         for first in (0..term.n).step_by(unit) {
             for _ in 0..unit / 4 {
-                let Some(swap) = best_swap(term, v, g, first..first + unit, damping) else { break };
+                let unit = first..first + unit;
+                let Some(swap) = best_swap((term, &diagonal), v, g, unit, damping) else { break };
                 swap.apply(term, v, g, damping);
                 changed = true;
             }
@@ -239,8 +250,9 @@ impl Swap {
     fn apply(&self, term: &GramQuadratic, v: &mut [f32], g: &mut [f32], damping: f32) {
         for (at, new) in [(self.out, 0.0), (self.into, self.value)] {
             let d = new - v[at];
-            let h = &term.gram[at * term.n..(at + 1) * term.n];
-            g.iter_mut().zip(h).for_each(|(g, h)| *g += d * h);
+            term.packed.along_row(at, |first, h| {
+                g[first..].iter_mut().zip(h).for_each(|(g, h)| *g += d * h);
+            });
             g[at] += damping * d;
             v[at] = new;
         }
@@ -252,14 +264,13 @@ impl Swap {
 /// Taking out `i` costs `H_ii v_i^2 / 2 - g_i v_i` and moves `g_j` by `-H_ij v_i`; putting in `j`
 /// then gains `g_j^2 / (2 H_jj)`.
 fn best_swap(
-    term: &GramQuadratic,
+    (term, diagonal): (&GramQuadratic, &[f32]),
     v: &[f32],
     g: &[f32],
     unit: std::ops::Range<usize>,
     damping: f32,
 ) -> Option<Swap> {
-    let h = |i: usize, j: usize| term.gram[i * term.n + j];
-    let own = |i: usize| h(i, i) + damping.max(1e-6);
+    let own = |i: usize| diagonal[i] + damping.max(1e-6);
     let cost = |i: usize| v[i] * (0.5 * own(i) * v[i] - g[i]);
     let gain = |j: usize, g: f32| 0.5 * g * g / own(j);
     let (mut outs, mut ins) = (Smallest::default(), Smallest::default());
@@ -273,7 +284,7 @@ fn best_swap(
     let (mut best, mut least) = (None, 0.0f32);
     for &(cost, out) in outs.items() {
         for &(_, into) in ins.items() {
-            let moved = g[into] - h(out, into) * v[out];
+            let moved = g[into] - term.packed.at(out, into) * v[out];
             let gained = gain(into, moved);
             let change = cost - gained;
             if change < least && change < -NOISE * gained {

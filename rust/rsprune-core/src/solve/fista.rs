@@ -18,9 +18,12 @@
 //! 1.13; factor 2 from 0.01: norms 1.03, squares 1.00 (taken, 15 rounds); factor 1.5 0.98 (23
 //! rounds). A SparseGPT start gives 0.93 whatever the bracket.
 
+use super::datafit::Terms;
+use super::factor::Factor;
 use super::score::wanda_point;
 use super::sparsegpt::sparsegpt_point;
 use super::{GramQuadratic, Solution, Task};
+use crate::buffer::Buffer;
 use crate::error::{Error, Result};
 use crate::linalg::{ROW_BLOCK, Scratch, dot, gemm, largest_eigenvalue};
 use crate::par::Job;
@@ -70,10 +73,7 @@ impl Default for FistaOptions {
 /// Solves one operator; see the module's header.
 pub fn fista(job: &Job, task: &Task, options: &FistaOptions) -> Result<Solution> {
     check_lambda(options.lambda)?;
-    let Rounds { values, lambda, rounds } = {
-        let term = GramQuadratic::new(job, task.weight, task.calibration)?;
-        fista_point(job, task, &term, options)?
-    };
+    let Rounds { values, lambda, rounds } = fista_point(job, task, options)?;
     let mut solution = task.certify(job, values)?;
     solution.certificate.lambda = Some(lambda);
     solution.certificate.rounds = rounds;
@@ -92,31 +92,32 @@ pub(super) fn check_lambda(lambda: f64) -> Result<()> {
 
 /// The best rounded point of all rounds.
 pub(super) struct Rounds {
-    pub values: Vec<f32>,
+    pub values: Buffer,
     /// That it was found with; zero for the warm start.
     pub lambda: f64,
     pub rounds: usize,
 }
 
-pub(super) fn fista_point(
-    job: &Job,
-    task: &Task,
-    term: &GramQuadratic,
-    options: &FistaOptions,
-) -> Result<Rounds> {
+/// The method's point in the variables that are stored, not yet rounded to their type.
+pub(super) fn fista_point(job: &Job, task: &Task, options: &FistaOptions) -> Result<Rounds> {
+    let terms = Terms::new(job, task.weight, task.calibration)?;
     let mut best = match options.warm_start {
-        WarmStart::Wanda => wanda_point(task),
-        WarmStart::SparseGpt => sparsegpt_point(job, task.pattern, term, options.damping)?,
+        WarmStart::Wanda => wanda_point(job, task)?,
+        WarmStart::SparseGpt => {
+            let factor = Factor::new(job, &terms, task.calibration, options.damping)?;
+            sparsegpt_point(job, task.pattern, &factor)?
+        }
     };
+    let term = terms.solving(job, task.calibration)?;
     let mut best_error = term.relative_error(job, &best)?;
     let mut search = LambdaSearch::new(options.lambda);
     let (mut rounds, mut stale, mut best_lambda) = (0, 0, 0.0);
-    let lipschitz = largest_eigenvalue(job, &term.gram, term.n)?;
+    let lipschitz = largest_eigenvalue(job, &term.packed)?;
     let scale = (dot(task.weight, task.weight) / task.weight.len().max(1) as f64).sqrt();
     while lipschitz > 0.0 && stale < options.patience && rounds < options.max_rounds {
         let prox = Prox { step: 1.0 / lipschitz, threshold: search.lambda * scale / lipschitz };
-        let point = iterate(job, term, &best, prox, options.iterations)?;
-        let mut rounded = point.clone();
+        let point = iterate(job, &term, &best, prox, options.iterations)?;
+        let mut rounded = job.copy(&point)?;
         task.pattern.project(&mut rounded, task.cols(), None);
         let total = term.relative_error(job, &rounded)?;
         let rounding = term.relative_distance(job, &point, &rounded)?;
@@ -145,8 +146,8 @@ fn iterate(
     start: &[f32],
     prox: Prox,
     iterations: usize,
-) -> Result<Vec<f32>> {
-    let mut point = start.to_vec();
+) -> Result<Buffer> {
+    let mut point = job.copy(start)?;
     let len = ROW_BLOCK * term.n;
     job.map_blocks(&mut point, len, |i, v| {
         let range = i * len..i * len + v.len();

@@ -15,10 +15,10 @@
 
 use super::fista::{FistaOptions, LambdaSearch, check_lambda, fista_point};
 use super::polish::{PolishOptions, Polished, polish_point};
-use super::problem::Problem;
+use super::problem::{Problem, Unpacked};
 use super::refit::refit;
-use super::sparsegpt::sparsegpt_point;
 use super::{GramQuadratic, Solution, Task};
+use crate::buffer::Buffer;
 use crate::error::Result;
 use crate::linalg::{ROW_BLOCK, Scratch, dot, gemm, largest_eigenvalue};
 use crate::par::Job;
@@ -62,82 +62,104 @@ impl Default for FistaPlusOptions {
 /// Solves one operator; see the module's header.
 pub fn fista_plus(job: &Job, task: &Task, options: &FistaPlusOptions) -> Result<Solution> {
     check_lambda(options.lambda)?;
-    let problem = Problem::new(job, task)?;
-    let (found, polished) = fista_plus_point(job, &problem, options)?;
+    let (starts, problem) = Starts::find(job, task, options)?;
+    let (course, polished) = fista_plus_point(job, &problem, starts, options)?;
     let mut solution = polished.certify(job, &problem)?;
-    solution.certificate.lambda = Some(found.lambda);
-    solution.certificate.rounds = found.rounds;
-    solution.certificate.iterations = found.rounds * options.iterations;
-    solution.certificate.converged = found.rounds < options.max_rounds;
+    solution.certificate.lambda = Some(course.lambda);
+    solution.certificate.rounds = course.rounds;
+    solution.certificate.iterations = course.rounds * options.iterations;
+    solution.certificate.converged = course.rounds < options.max_rounds;
     Ok(solution)
+}
+
+/// Points that need matrices of the Gram's size for themselves: found before the problem has its.
+pub(super) struct Starts {
+    /// SparseGPT's, in scaled variables.
+    pub sparsegpt: Buffer,
+    /// The published method's, in stored variables.
+    published: Option<Buffer>,
+}
+
+impl Starts {
+    pub fn find<'a>(
+        job: &Job,
+        task: &'a Task,
+        options: &FistaPlusOptions,
+    ) -> Result<(Starts, Problem<'a>)> {
+        let published = |floor| Ok(fista_point(job, task, &floor)?.values);
+        let published = options.floor.map(published).transpose()?;
+        let problem = Unpacked::new(job, task)?;
+        let sparsegpt = problem.sparsegpt_point(job, options.damping)?;
+        Ok((Starts { sparsegpt, published }, problem.pack(job)?))
+    }
 }
 
 /// The method in scaled variables: where its rounds ended, and the polished best point.
 pub(super) fn fista_plus_point(
     job: &Job,
     problem: &Problem,
+    starts: Starts,
     options: &FistaPlusOptions,
-) -> Result<(Found, Polished)> {
-    let start = sparsegpt_point(job, problem.task.pattern, &problem.term, options.damping)?;
-    let found = run_rounds(job, problem, start, options)?;
+) -> Result<(Course, Polished)> {
+    let (values, course) = run_rounds(job, problem, starts.sparsegpt, options)?;
     let polish = |values| polish_point(job, problem, values, &PolishOptions::default());
-    let mut best = polish(found.values.clone())?;
-    if let Some(floor) = options.floor {
-        let term = GramQuadratic::new(job, problem.task.weight, problem.task.calibration)?;
-        let published = fista_point(job, problem.task, &term, &floor)?;
-        let polished = polish(problem.scale(published.values))?;
+    let mut best = polish(values)?;
+    if let Some(mut published) = starts.published {
+        problem.scale(&mut published);
+        let polished = polish(published)?;
         if polished.score < best.score {
             best = polished;
         }
     }
-    Ok((found, best))
+    Ok((course, best))
 }
 
-/// The best refitted point of all rounds, in scaled variables.
-pub(super) struct Found {
-    pub values: Vec<f32>,
+/// What led to the best point of all rounds.
+pub(super) struct Course {
     pub lambda: f64,
     pub rounds: usize,
 }
 
+/// The best refitted point of all rounds, in scaled variables.
 fn run_rounds(
     job: &Job,
     problem: &Problem,
-    start: Vec<f32>,
+    start: Buffer,
     options: &FistaPlusOptions,
-) -> Result<Found> {
+) -> Result<(Buffer, Course)> {
     let term = &problem.term;
     let mut best_score = problem.score(job, &start)?;
-    let mut refitted = start.clone();
+    let mut refitted = job.copy(&start)?;
     refit(job, term, &mut refitted, options.damping, options.refit_steps)?;
     let refitted_score = problem.score(job, &refitted)?;
-    let mut best = Found { values: start, lambda: 0.0, rounds: 0 };
+    let (mut best, mut course) = (start, Course { lambda: 0.0, rounds: 0 });
     if refitted_score < best_score {
-        (best.values, best_score) = (refitted, refitted_score);
+        (best, best_score) = (refitted, refitted_score);
     }
     let mut search = LambdaSearch::new(options.lambda);
-    let lipschitz = largest_eigenvalue(job, &term.gram, term.n)?;
+    let lipschitz = largest_eigenvalue(job, &term.packed)?;
     let rms = (dot(&term.weight, &term.weight) / term.weight.len().max(1) as f64).sqrt();
     let mut stale = 0;
-    while lipschitz > 0.0 && stale < options.patience && best.rounds < options.max_rounds {
+    while lipschitz > 0.0 && stale < options.patience && course.rounds < options.max_rounds {
         let step = Step { length: 1.0 / lipschitz, threshold: search.lambda * rms / lipschitz };
-        let point = iterate(job, term, &best.values, step, options.iterations)?;
-        let mut rounded = point.clone();
+        let point = iterate(job, term, &best, step, options.iterations)?;
+        let mut rounded = job.copy(&point)?;
         problem.project(&mut rounded);
         let rounding = term.relative_distance(job, &point, &rounded)?;
         let total = term.relative_error(job, &rounded)?;
         refit(job, term, &mut rounded, options.damping, options.refit_steps)?;
         let score = problem.score(job, &rounded)?;
-        best.rounds += 1;
+        course.rounds += 1;
         stale += 1;
         if score < best_score {
-            (best.values, best.lambda, best_score, stale) = (rounded, search.lambda, score, 0);
+            (best, best_score, stale) = (rounded, score, 0);
+            course.lambda = search.lambda;
         }
         if !search.advance(rounding > options.xi * total) {
             break;
         }
     }
-    Ok(best)
+    Ok((best, course))
 }
 
 #[derive(Clone, Copy)]
@@ -153,8 +175,8 @@ fn iterate(
     start: &[f32],
     step: Step,
     iterations: usize,
-) -> Result<Vec<f32>> {
-    let mut point = start.to_vec();
+) -> Result<Buffer> {
+    let mut point = job.copy(start)?;
     let (n, len) = (term.n, ROW_BLOCK * term.n);
     job.map_blocks(&mut point, len, |i, v| {
         let range = i * len..i * len + v.len();

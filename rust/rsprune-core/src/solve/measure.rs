@@ -11,6 +11,7 @@
 
 use super::Statistics;
 use super::statistics::Sum;
+use crate::buffer::Room;
 use crate::error::{Error, Result};
 use crate::float::first_non_finite;
 use crate::kernels::Kernel;
@@ -88,7 +89,7 @@ impl Pair<'_> {
     /// The first `rows` rows of the columns.
     fn panel(&self, rows: usize, columns: &Range<usize>, which: Sum) -> Result<PackedB> {
         let unit = vec![1.0; self.stats.width()];
-        let part = (rows, columns.clone());
+        let part = (Room::Memory, rows, columns.clone());
         self.stats.packed_part(self.job, &self.kernel, which, &unit, part)
     }
 

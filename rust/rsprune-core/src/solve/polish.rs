@@ -10,6 +10,7 @@ use super::descent::local_search;
 use super::problem::Problem;
 use super::refit::refit;
 use super::{Solution, Task};
+use crate::buffer::Buffer;
 use crate::error::{Error, Result};
 use crate::par::Job;
 
@@ -37,19 +38,14 @@ impl Default for PolishOptions {
 
 /// A point in scaled variables with what it was judged by.
 pub(super) struct Polished {
-    pub values: Vec<f32>,
+    pub values: Buffer,
     pub score: f64,
     pub damping: Option<f64>,
     pub search: Option<bool>,
 }
 
 /// Polishes `values [m, n]`, which are in the task's pattern, and measures the result.
-pub fn polish(
-    job: &Job,
-    task: &Task,
-    values: Vec<f32>,
-    options: &PolishOptions,
-) -> Result<Solution> {
+pub fn polish(job: &Job, task: &Task, values: Buffer, options: &PolishOptions) -> Result<Solution> {
     if values.len() != task.weight.len() {
         return Err(Error::Shape {
             what: "values".into(),
@@ -61,7 +57,9 @@ pub fn polish(
         return Err(Error::Option(format!("values: expected the pattern {}", task.pattern)));
     }
     let problem = Problem::new(job, task)?;
-    let polished = polish_point(job, &problem, problem.scale(values.clone()), options)?;
+    let mut start = job.copy(&values)?;
+    problem.scale(&mut start);
+    let polished = polish_point(job, &problem, start, options)?;
     if polished.damping.is_none() && polished.search != Some(true) {
         let mut solution = problem.certify_stored(job, values)?; // not a bit of it is touched
         solution.certificate.search = polished.search;
@@ -74,7 +72,7 @@ pub fn polish(
 pub(super) fn polish_point(
     job: &Job,
     problem: &Problem,
-    start: Vec<f32>,
+    start: Buffer,
     options: &PolishOptions,
 ) -> Result<Polished> {
     let score = problem.score(job, &start)?;
@@ -84,7 +82,7 @@ pub(super) fn polish_point(
     }
     if options.search {
         let damping = best.damping.unwrap_or(LADDER[0]);
-        let mut values = best.values.clone();
+        let mut values = job.copy(&best.values)?;
         let (term, pattern) = (&problem.term, problem.task.pattern);
         local_search(job, term, pattern, &mut values, damping, options.sweeps)?;
         if options.refit {
@@ -102,14 +100,15 @@ pub(super) fn polish_point(
 /// The best refit of `start`, or `start` itself. A rung starts from the one below it, where it has
 /// half the way to go, and the ladder ends where the score rises.
 fn climb_ladder(job: &Job, problem: &Problem, start: Polished, steps: usize) -> Result<Polished> {
-    let mut values = start.values.clone();
+    let mut values = job.copy(&start.values)?;
     let (mut best, mut below) = (start, f64::INFINITY);
     for (rung, damping) in LADDER.into_iter().enumerate() {
         let steps = if rung == 0 { steps } else { steps.div_ceil(2) };
         refit(job, &problem.term, &mut values, damping, steps)?;
         let score = problem.score(job, &values)?;
         if score < best.score {
-            best = Polished { values: values.clone(), score, damping: Some(damping), search: None };
+            let values = job.copy(&values)?;
+            best = Polished { values, score, damping: Some(damping), search: None };
         }
         if score > below {
             break;

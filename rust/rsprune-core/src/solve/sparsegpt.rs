@@ -9,7 +9,9 @@
 //! `1 / R_jj^2`). Masks are chosen as published: of every group when its first column is reached
 //! (keep-of), of every 128 columns when the block is reached (ratios; over all rows, or per row).
 
-use super::{Factor, GramQuadratic, Solution, Task};
+use super::factor::Factor;
+use super::{Solution, Task};
+use crate::buffer::Buffer;
 use crate::error::Result;
 use crate::kernels::Kernel;
 use crate::linalg::{PackedB, ROW_BLOCK, Scratch, gemm};
@@ -18,28 +20,16 @@ use crate::pattern::{Pattern, Scope, for_smallest};
 
 const BLOCK: usize = 128;
 
-/// SparseGPT with relative `damping` (published: 0.01). With corrected inputs it prunes
-/// `W - W P H^-1`, the unconstrained minimiser of the same objective (our reconstruction).
+/// SparseGPT with relative `damping` (published: 0.01).
 pub fn sparsegpt(job: &Job, task: &Task, damping: f64) -> Result<Solution> {
-    let values = sweep(job, task.pattern, &Factor::of(job, task, damping)?)?;
+    let values = sparsegpt_point(job, task.pattern, &Factor::of(job, task, damping)?)?;
     task.certify(job, values)
 }
 
 /// SparseGPT's point, not yet rounded: also the warm start of other methods.
-pub(super) fn sparsegpt_point(
-    job: &Job,
-    pattern: Pattern,
-    term: &GramQuadratic,
-    damping: f64,
-) -> Result<Vec<f32>> {
-    let operator = (&*term.weight, term.linear.as_deref());
-    let factor = Factor::new(job, &term.kernel, operator, term.gram.clone(), damping)?;
-    sweep(job, pattern, &factor)
-}
-
-fn sweep(job: &Job, pattern: Pattern, factor: &Factor) -> Result<Vec<f32>> {
-    let Factor { n, kernel, r, target } = factor;
-    let mut sweep = Sweep { n: *n, kernel, r, target, values: target.to_vec() };
+pub(super) fn sparsegpt_point(job: &Job, pattern: Pattern, factor: &Factor) -> Result<Buffer> {
+    let Factor { kernel, n, r, target } = factor;
+    let mut sweep = Sweep { n: *n, kernel, r, target, values: job.copy(target)? };
     for block in (0..*n).step_by(BLOCK) {
         let end = (block + BLOCK).min(*n);
         sweep.feed_back(job, block, end)?;
@@ -54,7 +44,7 @@ struct Sweep<'a> {
     r: &'a [f32],
     target: &'a [f32],
     /// Final left of the current block; in it, the weights as they have become by now.
-    values: Vec<f32>,
+    values: Buffer,
 }
 
 impl Sweep<'_> {

@@ -7,13 +7,13 @@
 //! Written with the drift instead of with `x` itself, the objective has no cancellation:
 //! small errors stay accurate however large the activations are.
 
+use crate::buffer::{Buffer, Room};
 use crate::error::{Error, Result};
 use crate::float::first_non_finite;
 use crate::kernels::Kernel;
 use crate::linalg::{GramSum, PackedB};
 use crate::par::Job;
 use std::ops::Range;
-use std::path::Path;
 
 /// Running sums of one group of operators that share their input of `n` channels.
 pub struct Statistics {
@@ -42,15 +42,12 @@ struct Drift {
 }
 
 impl Statistics {
-    /// Empty sums; `corrected` says that the compressed and the dense inputs differ. With `spill`,
-    /// the name of a file that may be made, their values are not in memory.
-    pub fn new(n: usize, corrected: bool, spill: Option<&Path>) -> Result<Statistics> {
-        let sum = |ending, symmetric| {
-            GramSum::new(n, symmetric, spill.map(|path| path.with_extension(ending)).as_deref())
-        };
-        let drift = |()| Ok(Drift { cross: sum("cross", false)?, gram: sum("drift", true)? });
+    /// Empty sums in `room`; `corrected` says that the compressed and the dense inputs differ.
+    pub fn new(n: usize, corrected: bool, room: Room) -> Result<Statistics> {
+        let sum = |symmetric| GramSum::new(n, symmetric, room);
+        let drift = |()| Ok(Drift { cross: sum(false)?, gram: sum(true)? });
         let drift = corrected.then_some(()).map(drift).transpose()?;
-        Ok(Statistics { n, tokens: 0, gram: sum("gram", true)?, drift })
+        Ok(Statistics { n, tokens: 0, gram: sum(true)?, drift })
     }
 
     /// Adds one batch of inputs `x [tokens, n]`; `dense`, of the same shape, are the inputs in
@@ -127,12 +124,12 @@ impl Statistics {
         self.gram.diagonal()
     }
 
-    /// `diag(s) M diag(s)` in f32 for one of the matrices `M [n, n]` and `s [n]`. Square tiles, as
-    /// a symmetric sum is read along columns above its diagonal.
-    pub(super) fn matrix(&self, job: &Job, which: Sum, s: &[f64]) -> Result<Vec<f32>> {
+    /// `diag(s) M diag(s)` in f32 for one of the matrices `M [n, n]` and `s [n]`, in memory. Square
+    /// tiles, as a symmetric sum is read along columns above its diagonal.
+    pub(super) fn matrix(&self, job: &Job, which: Sum, s: &[f64]) -> Result<Buffer> {
         const TILE: usize = 64;
         let n = self.n;
-        let mut out = vec![0.0f32; n * n];
+        let mut out = Buffer::memory(n * n);
         job.map_blocks(&mut out, TILE * n, |block, rows| {
             for j0 in (0..n).step_by(TILE) {
                 for (r, row) in rows.chunks_exact_mut(n).enumerate() {
@@ -148,15 +145,16 @@ impl Statistics {
         Ok(out)
     }
 
-    /// The same matrix, packed for products, without ever being in memory as it is.
+    /// The same matrix in `room`, packed for products, without ever being in memory as it is.
     pub(super) fn packed(
         &self,
         job: &Job,
         kernel: &Kernel,
         which: Sum,
         s: &[f64],
+        room: Room,
     ) -> Result<PackedB> {
-        self.packed_part(job, kernel, which, s, (self.n, 0..self.n))
+        self.packed_part(job, kernel, which, s, (room, self.n, 0..self.n))
     }
 
     /// Some of its columns, as many of their rows as asked for.
@@ -166,10 +164,10 @@ impl Statistics {
         kernel: &Kernel,
         which: Sum,
         s: &[f64],
-        (rows, columns): (usize, Range<usize>),
+        (room, rows, columns): (Room, usize, Range<usize>),
     ) -> Result<PackedB> {
         let (width, shape) = (PackedB::panel_width(kernel), (rows, columns.len()));
-        PackedB::filled(job, kernel, shape, |rows, panel, tile| {
+        PackedB::filled(job, kernel, room, shape, |rows, panel, tile| {
             for (j, c) in panel.map(|j| columns.start + j).enumerate() {
                 for (i, r) in rows.clone().enumerate() {
                     tile[i * width + j] = (self.entry(which, r, c) * (s[r] * s[c])) as f32;
