@@ -37,6 +37,13 @@ def test_the_svd_is_that_of_numpy(shape: tuple[int, int], seed: int, data: Any) 
         assert np.allclose(rows @ rows.T, np.eye(strong.sum()), atol=1e-3)
 
 
+def test_small_matrices_are_captured_whole() -> None:
+    for seed in range(100):
+        weight = decaying((2, 2 + seed % 3), seed)
+        values = _core.truncated_svd(weight, "F32", rank=2, seed=seed)[1]
+        assert np.allclose(values, np.linalg.svd(weight)[1], rtol=1e-4), seed
+
+
 def test_flat_spectra_are_captured_and_threads_change_no_bit() -> None:
     weight = np.random.default_rng(0).standard_normal((200, 260)).astype(np.float32)
     found = [_core.truncated_svd(weight, "F32", rank=20, threads=threads) for threads in (1, 2, 5)]

@@ -1,7 +1,7 @@
 //! Leading singular vectors and eigenvectors of a large matrix by randomised subspace iteration.
 //!
 //! ```text
-//! Z = random signs [k, n],  k = rank + a few
+//! Z = random numbers [k, n],  k = rank + a few
 //! repeat:  Q = orth(Z A^T);  B = Q A                  (two products with A)
 //!          stop when |B|_F has stopped growing;  Z = orth(B)
 //! eigenvectors W of the small B B^T:  U = W Q,  s = sqrt(values),  V = W B / s
@@ -47,7 +47,7 @@ pub fn truncated_svd(
     seed: u64,
 ) -> Result<Svd> {
     let k = width(rank, m.min(n));
-    let mut z = random_signs(k * n, seed);
+    let mut z = random_numbers(k * n, seed);
     let mut energy = 0.0;
     let (q, b) = loop_until_settled(|| {
         let mut q = times_transposed(job, kernel, a, (m, n), &z)?;
@@ -95,7 +95,7 @@ pub fn top_eigenvectors(
         return Ok((all.values[..rank].to_vec(), vectors));
     }
     let k = width(rank, n);
-    let mut z = random_signs(k * n, seed);
+    let mut z = random_numbers(k * n, seed);
     let mut energy = 0.0;
     let (q, b) = loop_until_settled(|| {
         orthonormalise(job, &mut z, n)?;
@@ -128,15 +128,16 @@ fn width(rank: usize, most: usize) -> usize {
     (rank + 8 + rank / 4).min(most)
 }
 
-/// `len` signs from a counter, the same on every machine.
-fn random_signs(len: usize, seed: u64) -> Vec<f32> {
-    let sign = |i: usize| {
+/// `len` numbers in [-1, 1) from a counter, the same on every machine. (Signs will not do: a few short
+/// rows of them are often parallel, and then span less than they should.)
+fn random_numbers(len: usize, seed: u64) -> Vec<f32> {
+    let number = |i: usize| {
         let mut x = seed.wrapping_add((i as u64 + 1).wrapping_mul(0x9e37_79b9_7f4a_7c15));
         x = (x ^ (x >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
         x = (x ^ (x >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
-        if x >> 63 == 0 { 1.0 } else { -1.0 }
+        (x >> 40) as f32 / (1 << 23) as f32 - 1.0
     };
-    (0..len).map(sign).collect()
+    (0..len).map(number).collect()
 }
 
 /// `left [k, m] * a [m, n]` as `[k, n]`; panels of `a` are packed a few columns at a time.
@@ -223,7 +224,7 @@ mod tests {
     #[test]
     fn a_matrix_of_low_rank_is_found_whole_by_any_number_of_threads() {
         let (m, n, rank, flag) = (130, 301, 5, AtomicBool::new(false));
-        let (u, v) = (random_signs(rank * m, 1), random_signs(rank * n, 2));
+        let (u, v) = (random_numbers(rank * m, 1), random_numbers(rank * n, 2));
         let mut a = vec![0.0f32; m * n];
         for (i, j) in (0..m * n).map(|at| (at / n, at % n)) {
             a[i * n + j] = (0..rank).map(|p| u[p * m + i] * v[p * n + j] / (p + 1) as f32).sum();
