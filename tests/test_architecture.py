@@ -39,7 +39,7 @@ MIDDLE = {
 }
 MIDDLE |= {"sources", "inspect", "model_config", "head", "scoring", "eval_plan", "eval_journal"}
 MIDDLE |= {"evaluate", "eval_tasks", "harness", "permute", "tune", "resume", "gguf_plan"}
-MIDDLE |= {"packed_linear", "hf"}
+MIDDLE |= {"packed_linear", "hf", "new_output"}
 TOP = {"plan", "run", "demo", "verify", "tables", "card", "options", "cli", "estimate"}
 TOP |= {"layer_run", "survey", "allocate", "codes", "budget", "unused", "export", "memory_plan"}
 TOP |= {

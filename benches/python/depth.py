@@ -20,7 +20,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from runs import command, parser
+from runs import command, parser, run_all
 
 Run = dict[str, Any]
 PROMPT = "The first thing that a visitor to the old town sees is"
@@ -185,19 +185,8 @@ def main() -> None:
     arguments.add_argument("--samples", type=int, default=32, help="windows to fit maps to")
     arguments.add_argument("--windows", type=int, help="of the test text; the default is all")
     args = arguments.parse_args()
-    args.work.mkdir(parents=True, exist_ok=True)
-    log = args.work / "results.jsonl"
-    done = [json.loads(line) for line in log.read_text().splitlines()] if log.exists() else []
     runs = [run for make in (table, seeds) if make.__name__ in args.set for run in make()]
-    chosen = [run for run in runs if not args.only or run["name"] in args.only]
-    for run in () if args.table else chosen:
-        if run["name"] not in {result["name"] for result in done}:
-            done.append(measure(run, args))
-            with log.open("a") as file:
-                file.write(json.dumps(done[-1]) + "\n")
-            print(rows(done[-1:]).splitlines()[-1], flush=True)
-    names = [run["name"] for run in chosen]
-    print(rows([result for result in done if result["name"] in names]))
+    run_all(runs, args, measure, rows)
     if "speed" in args.set and not args.table:
         speed(args)
 

@@ -11,6 +11,7 @@ import json
 import shutil
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -92,7 +93,12 @@ def parser(description: str | None) -> argparse.ArgumentParser:
     return made
 
 
-def run_all(runs: list[Run], args: argparse.Namespace) -> None:
+def run_all(
+    runs: list[Run],
+    args: argparse.Namespace,
+    measure: Callable[[Run, argparse.Namespace], dict[str, Any]] = measure,
+    table: Callable[[list[dict[str, Any]]], str] = table,
+) -> None:
     """Measures what is not measured yet, and prints the table."""
     args.work.mkdir(parents=True, exist_ok=True)
     log = args.work / "results.jsonl"

@@ -10,7 +10,8 @@ from pathlib import Path
 from rsprune.card import model_card
 from rsprune.checkpoint import Checkpoint
 from rsprune.errors import UsageError
-from rsprune.output import OutputFolder, check_output, free_bytes
+from rsprune.new_output import new_output
+from rsprune.output import OutputFolder, check_output
 from rsprune.progress import NullProgress, Progress
 from rsprune.replaced import says_blocks
 from rsprune.report import DENSE, REPORT_NAME, Journal, Report, load_report
@@ -47,18 +48,10 @@ def export_dense(
     checkpoint = Checkpoint.open(folder)
     if not checkpoint.packed:
         raise UsageError(f"{folder}: expected packed linears to unpack, found none in config.json")
-    needed, free = sum(info.nbytes for info in checkpoint.tensors.values()), free_bytes(out)
-    if needed > free:
-        raise UsageError(f"output {out}: needs {needed} bytes on disk, found {free} bytes free")
+    needed = sum(info.nbytes for info in checkpoint.tensors.values())
     report = load_report(folder) if (folder / REPORT_NAME).exists() else None
-    output = OutputFolder(out, overwrite=overwrite)
-    with output.owned():
-        try:
-            output.clear()
-            _write(checkpoint, report, output, progress or NullProgress())
-        except BaseException:
-            output.discard()
-            raise
+    with new_output(out, needed, overwrite=overwrite) as output:
+        _write(checkpoint, report, output, progress or NullProgress())
 
 
 def _write(

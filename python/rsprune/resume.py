@@ -10,6 +10,7 @@ as finished once its journal line stands and its shard has the checksum that the
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 from collections.abc import Mapping
@@ -24,11 +25,12 @@ from rsprune import _core
 from rsprune.calibrate import LayerJob
 from rsprune.checkpoint import Checkpoint, sha256
 from rsprune.config import Config
-from rsprune.errors import UsageError
+from rsprune.errors import RspruneError, UsageError
 from rsprune.experts import ExpertLinear
 from rsprune.output import OutputFolder
 from rsprune.packing import PackedWeight
 from rsprune.permute import Coupling, reorder
+from rsprune.progress import Progress
 from rsprune.report import DENSE, REPORT_NAME, Journal, Record, read_records
 from rsprune.scratch import Scratch
 
@@ -135,6 +137,35 @@ def take_up(
     check_fingerprint(output.out, records[0].get("fingerprint", {}), own)
     kept = rewind(folder, finished(folder, records))
     return Journal(folder), [record for record in kept if record["kind"] != "run"]
+
+
+def put_down(
+    journal: Journal | None, output: OutputFolder, progress: Progress, *, kind: str, total: int
+) -> None:
+    """Closes a run that cannot go on; what is finished stays, for the next one.
+
+    Args:
+        journal: None where the run did not come to open it.
+        output: is discarded where nothing is finished.
+        progress: is told what stays.
+        kind: of the journal's lines that are counted.
+        total: how many of them a whole run has.
+    """
+    if journal is None:
+        return
+    with contextlib.suppress(RspruneError):  # the first error is the one to tell
+        journal.close()
+    if not (output.folder / REPORT_NAME).exists():
+        return  # it has its name already
+    records = [record for _, record in read_records(output.folder / REPORT_NAME)]
+    count = sum(record["kind"] == kind for record in records)
+    if count == 0:
+        output.discard()
+        return
+    progress.note(
+        f"{count} of {total} {kind}s are finished and stay in {output.folder}; "
+        "the same command goes on from there"
+    )
 
 
 def finished(folder: Path, records: list[Record]) -> int:

@@ -19,7 +19,6 @@ finish          shard of the rest, other files, card, index; one rename
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import math
 import time
@@ -34,7 +33,6 @@ from rsprune.calibrate import LayerJob
 from rsprune.card import model_card
 from rsprune.config import Config
 from rsprune.driver import Driver
-from rsprune.errors import RspruneError
 from rsprune.experts import stored_bytes
 from rsprune.layer_run import LayerRun
 from rsprune.memory import PeakWatch, give_freed_pages_back, keep_freed_pages, rss_anon
@@ -43,7 +41,7 @@ from rsprune.output import OutputFolder, check_output, other_files
 from rsprune.plan import Plan, Prepared, parse_pattern, prepare
 from rsprune.progress import NullProgress, Progress
 from rsprune.report import REPORT_NAME, Report, load_report, read_records
-from rsprune.resume import fingerprint, packed_in, replay, take_up
+from rsprune.resume import fingerprint, packed_in, put_down, replay, take_up
 from rsprune.scratch import Scratch
 from rsprune.skeleton import load_tokenizer
 from rsprune.sources import resolve
@@ -179,21 +177,8 @@ class _LayerwiseRun:
 
     def leave(self, output: OutputFolder) -> None:
         """Closes a run that cannot go on; what is finished stays, for the next one."""
-        if not hasattr(self, "journal"):
-            return
-        with contextlib.suppress(RspruneError):  # the first error is the one to tell
-            self.journal.close()
-        if not (output.folder / REPORT_NAME).exists():
-            return  # it has its name already
-        records = [record for _, record in read_records(output.folder / REPORT_NAME)]
-        count = sum(record["kind"] == "layer" for record in records)
-        if count == 0:
-            output.discard()
-            return
-        self.progress.note(
-            f"{count} of {self.plan.layers} layers are finished and stay in {output.folder}; "
-            "the same command goes on from there"
-        )
+        journal = getattr(self, "journal", None)
+        put_down(journal, output, self.progress, kind="layer", total=self.plan.layers)
 
     def write_layers(self, output: OutputFolder) -> None:
         """Embeds, then takes the decoder layers one after another."""

@@ -37,8 +37,8 @@ from rsprune.memory import PeakWatch, rss_anon
 from rsprune.mixture import Calibration, interleaved, load_corpora
 from rsprune.output import OutputFolder, other_files
 from rsprune.progress import Progress
-from rsprune.report import REPORT_NAME, Journal, load_report, read_records
-from rsprune.resume import fingerprint, take_up
+from rsprune.report import Journal, load_report
+from rsprune.resume import fingerprint, put_down, take_up
 from rsprune.skeleton import load_tokenizer
 from rsprune.timing import Timing
 from rsprune.windows import Split
@@ -118,20 +118,8 @@ class DepthRun:
 
     def leave(self, output: OutputFolder) -> None:
         """Closes a run that cannot go on; what is finished stays, for the next one."""
-        if self.journal is None:
-            return
-        self.journal.close()
-        if not (output.folder / REPORT_NAME).exists():
-            return  # it has its name already
-        records = [record for _, record in read_records(output.folder / REPORT_NAME)]
-        removed = sum(record["kind"] == "removal" for record in records)
-        if removed == 0:
-            output.discard()
-            return
-        self.progress.note(
-            f"{removed} of {self.prepared.removal.count} removals are finished and stay in "
-            f"{output.folder}; the same command goes on from there"
-        )
+        total = self.prepared.removal.count
+        put_down(self.journal, output, self.progress, kind="removal", total=total)
 
     def write_layers(self, output: OutputFolder) -> None:
         """Chooses the layers that stay, and writes them under their new numbers."""

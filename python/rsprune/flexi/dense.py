@@ -19,7 +19,8 @@ from rsprune.checkpoint import Checkpoint
 from rsprune.errors import UsageError
 from rsprune.flexi.card import flexi_card
 from rsprune.flexi.positions import NAMES, prefix_of
-from rsprune.output import OutputFolder, check_output, free_bytes
+from rsprune.new_output import new_output
+from rsprune.output import OutputFolder, check_output
 from rsprune.progress import NullProgress, Progress
 from rsprune.replaced_layers import LowRank, SharedLinear
 from rsprune.report import REPORT_NAME, Journal, Report, load_report
@@ -40,18 +41,9 @@ def export_expanded(
     checkpoint = skeleton.checkpoint
     sizes = sum(p.numel() for p in skeleton.model.parameters())
     widest = max(p.element_size() for p in (torch.empty(0, dtype=t) for t in _types(skeleton)))
-    needed, free = sizes * widest, free_bytes(out)
-    if needed > free:
-        raise UsageError(f"output {out}: needs {needed} bytes on disk, found {free} bytes free")
     report = load_report(folder) if (folder / REPORT_NAME).exists() else None
-    output = OutputFolder(out, overwrite=overwrite)
-    with output.owned():
-        try:
-            output.clear()
-            _write(skeleton, checkpoint, report, output, progress or NullProgress())
-        except BaseException:
-            output.discard()
-            raise
+    with new_output(out, sizes * widest, overwrite=overwrite) as output:
+        _write(skeleton, checkpoint, report, output, progress or NullProgress())
 
 
 def refuse(skeleton: Skeleton, folder: Path) -> None:
