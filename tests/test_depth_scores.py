@@ -1,6 +1,8 @@
 """Streamed gradients and scores, against autograd on the whole model."""
 
+import gc
 import math
+import weakref
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -10,7 +12,7 @@ import torch
 from tiny_models import LAYERS, ordinary
 
 from rsprune.config import Config
-from rsprune.depth.gradients import forward, top_gradient
+from rsprune.depth.gradients import forward, top_gradient, view_gradient
 from rsprune.depth.losses import losses_without
 from rsprune.depth.plan import Opened
 from rsprune.depth.scores import (
@@ -94,6 +96,26 @@ def test_scores_are_those_of_the_whole_models_gradients(case: tuple[Path, Scorin
         assert list(found[metric].values()) == pytest.approx(expected[metric], rel=1e-4), metric
     only = gradient_scores(scoring, kept, 0, ("pip-l2",))["pip-l2"]
     assert list(only.values()) == pytest.approx(expected["pip-l2"], rel=1e-4)
+
+
+def test_what_a_views_linears_noted_is_freed_with_it(
+    tiny: Callable[..., Path], text: Path, tmp_path: Path
+):
+    scoring = scoring_of(tiny("llama"), text, tmp_path)
+    walk, ids = scoring.walk, scoring.texts.plain[:, :-1]
+    states, kwargs = forward(walk, [0], ids)
+    gc.collect()
+    gc.disable()  # what waits for a search for cycles piles up from text to text
+    try:
+        with walk.layer(0) as layer:
+            hidden = states[0].get(0, walk.skeleton.device)
+            found = view_gradient(layer, kwargs[0], hidden, torch.ones_like(hidden))
+            noted = [weakref.ref(t) for calls in found.linears.values() for c in calls for t in c]
+            assert len(noted) == 14  # two of each of the seven linears
+            del found
+            assert not any(reference() is not None for reference in noted)
+    finally:
+        gc.enable()
 
 
 def test_the_gradient_at_the_top_takes_the_vocabulary_in_pieces(

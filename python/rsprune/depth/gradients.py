@@ -16,7 +16,8 @@ would keep a float32 copy of the whole layer from one to the other.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import contextlib
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -83,17 +84,32 @@ def view_gradient(
         for name, parameter in layer.named_parameters()
         if name not in weights
     }
-    tapped, caught = with_parameters(layer, direct), Caught()
-    for name, module in tapped.named_modules():
-        if isinstance(module, StoredLinear):
-            tap = partial(_tapped, module, caught.setdefault(name, []))
-            module.forward = tap  # type: ignore[method-assign]
-    inputs = hidden.detach().clone().requires_grad_()
-    output = run_layer(tapped, inputs, kwargs)
-    found = torch.autograd.grad(output, [inputs, *direct.values()], above, allow_unused=True)
+    tapped, inputs = with_parameters(layer, direct), hidden.detach().clone().requires_grad_()
+    with _taps(tapped) as caught:
+        output = run_layer(tapped, inputs, kwargs)
+        found = torch.autograd.grad(output, [inputs, *direct.values()], above, allow_unused=True)
     known = {name: g for name, g in zip(direct, found[1:], strict=True) if g is not None}
     assert found[0] is not None  # a layer's output depends on its input
     return ViewGradient(found[0], caught, known)
+
+
+@contextlib.contextmanager
+def _taps(layer: nn.Module) -> Iterator[Caught]:
+    """Lets the linears of a layer note what passes them, for the length of the block.
+
+    A tap knows the linear that it sits on: left there, it would hold all that it noted until the
+    interpreter looks for cycles.
+    """
+    caught = Caught()
+    linears = {n: m for n, m in layer.named_modules() if isinstance(m, StoredLinear)}
+    for name, linear in linears.items():
+        tap = partial(_tapped, linear, caught.setdefault(name, []))
+        linear.forward = tap  # type: ignore[method-assign]
+    try:
+        yield caught
+    finally:
+        for linear in linears.values():
+            del linear.forward
 
 
 class _Product(torch.autograd.Function):

@@ -13,7 +13,7 @@ from typing import Literal
 
 from rsprune import _core
 from rsprune.config import Config
-from rsprune.methods.base import Inputs, Operator, Pruned, Workspace
+from rsprune.methods.base import BLENDED, Operator, Pruned, Workspace
 
 LARGEST_INVERSE = 8192
 """Wider operators are solved by conjugate gradients, without an inverse."""
@@ -30,7 +30,7 @@ class Admm:
     name = "admm"
     source = "ALPS, Meng et al. 2024, arXiv 2406.07831"
     scope: Literal["row", "matrix"] = "matrix"
-    inputs = Inputs(propagate="layer", target="dense", true_sequential=True)
+    inputs = BLENDED
     permute = False
 
     def workspace(self, columns: int) -> Workspace:

@@ -49,6 +49,13 @@ class Inputs:
         return self.propagate == "layer" or self.target == "dense"
 
 
+BLENDED = Inputs(
+    propagate="model", target="dense", true_sequential=True, correction=0.25, clip_tokens=3.0
+)
+"""Of the leading solvers: the compressed model is followed and a quarter of its drift made up
+for (measured; the whole of it over-fits), massive tokens do not count for more than the others."""
+
+
 class Packed(NamedTuple):
     """A weight in a packed format that cannot be worked out from its values alone."""
 

@@ -11,7 +11,7 @@ from typing import Literal
 from rsprune import _core
 from rsprune.config import Config
 from rsprune.methods.admm import inverses
-from rsprune.methods.base import Inputs, Operator, Pruned, Workspace
+from rsprune.methods.base import BLENDED, Operator, Pruned, Workspace
 
 
 class Best:
@@ -20,9 +20,7 @@ class Best:
     name = "best"
     source = "rsprune"
     scope: Literal["row", "matrix"] = "matrix"
-    inputs = Inputs(
-        propagate="model", target="dense", true_sequential=True, correction=0.25, clip_tokens=3.0
-    )
+    inputs = BLENDED
     permute = True
 
     def workspace(self, columns: int) -> Workspace:

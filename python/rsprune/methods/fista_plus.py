@@ -13,7 +13,7 @@ from typing import Literal
 
 from rsprune import _core
 from rsprune.config import Config
-from rsprune.methods.base import Inputs, Operator, Pruned, Workspace
+from rsprune.methods.base import BLENDED, Operator, Pruned, Workspace
 
 LAMBDA_START = 0.05
 """In units of the scaled weights' rms."""
@@ -25,7 +25,7 @@ class FistaPlus:
     name = "fista-plus"
     source = "rsprune, after FISTAPruner, arXiv 2408.03728"
     scope: Literal["row", "matrix"] = "matrix"
-    inputs = Inputs(propagate="layer", target="dense", true_sequential=True)
+    inputs = BLENDED
     permute = False
 
     def workspace(self, columns: int) -> Workspace:
