@@ -21,6 +21,7 @@ CODES = ("2:8", "3:8", "3:4", "4:8", "8:8")
 DAMPING = {"damping": 0.01}
 METHODS: dict[str, tuple[str, dict[str, Any]]] = {
     "pbs2p_exact": ("3:8", {}),
+    "pbs2p_residual": ("2:8", {}),
     "pbs2p": ("5:8", {}),
     "billm": ("8:8", {}),
     "arb": ("8:8", {}),
@@ -80,6 +81,32 @@ def test_exact_is_its_twin(case: Case, code: str, stage: str) -> None:
         case.values, case.twin, keep=keep, of=of, dtype=case.dtype, stage=stage, **DAMPING
     )
     assert_like_the_twin(case, found, twin)
+
+
+@slow
+@given(
+    st.builds(
+        Case.random,
+        m=st.integers(1, 4),
+        n=st.sampled_from([16, 48]),
+        seed=st.integers(0, 2**16),
+        dtype=st.sampled_from(["F32", "BF16", "F16"]),
+        corrected=st.booleans(),
+    ),
+    st.sampled_from(["1:8", "2:8", "3:4"]),
+)
+def test_two_planes_are_their_twin(case: Case, code: str) -> None:
+    keep, of = map(int, code.split(":"))
+    twin = binarize.residual(case.values, case.twin, keep=keep, of=of, dtype=case.dtype, **DAMPING)
+    assert_like_the_twin(case, solve("pbs2p_residual", case.operator(code))[0], twin)
+
+
+@pytest.mark.parametrize("code", ["1:8", "2:8", "8:8"])
+def test_a_second_plane_errs_less(code: str) -> None:
+    cases = [Case.random(48, 320, seed=seed, tokens=1200) for seed in range(3)]
+    for case in cases:
+        one = solve("pbs2p_exact", case.operator("8:8"))[1]["error"]
+        assert solve("pbs2p_residual", case.operator(code))[1]["error"] < 0.9 * one
 
 
 @slow
@@ -206,6 +233,7 @@ def test_one_magnitude_in_256_columns_of_a_row(code: str, dtype: str) -> None:
 @pytest.mark.parametrize(
     ("method", "pattern", "options", "expected"),
     [
+        ("pbs2p_residual", "2:8", {}, 17 / 16 + (5 + 2) / 8 + 16 / 256),
         ("pbs2p", "4:8", {}, (7 + 4 + 4) / 8 + 7 * 16 / 128),
         ("pbs2p", "6:8", {}, (5 + 6 + 6) / 8 + 7 * 16 / 128),
         ("billm", "8:8", {}, 2 + 7 * 16 / 128),
@@ -224,6 +252,7 @@ def test_all_parts_are_counted(
     salient = 2 * 128 / weight.size if "salient" in parts else 0  # bitmaps of columns
     assert total == pytest.approx(expected + salient)
     kind = {"pbs2p": f"binary {pattern}", "billm": "binary 8:8", "arb": "row-column"}
+    kind["pbs2p_residual"] = f"residual {pattern}"
     assert name == kind.get(method, "uniform 2")
     assert certificate["nominal_bits"] < total
 

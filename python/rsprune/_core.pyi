@@ -38,6 +38,7 @@ __all__ = [
     "pair_distance",
     "pbs2p",
     "pbs2p_exact",
+    "pbs2p_residual",
     "plan_shard",
     "polish",
     "signs_bits",
@@ -151,6 +152,9 @@ def polish(
 def pbs2p_exact(
     operator: _Operator, *, damping: float, stage: str = "search", threads: int | None = None
 ) -> _Pruned: ...
+def pbs2p_residual(
+    operator: _Operator, *, damping: float, threads: int | None = None
+) -> _Packed: ...
 def pbs2p(operator: _Operator, *, damping: float, threads: int | None = None) -> _Packed: ...
 def billm(operator: _Operator, *, damping: float, threads: int | None = None) -> _Packed: ...
 def arb(operator: _Operator, *, damping: float, threads: int | None = None) -> _Packed: ...

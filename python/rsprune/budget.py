@@ -16,7 +16,7 @@ from rsprune import _core
 from rsprune.allocate import allocate, exact_patterns, measure
 from rsprune.codes import coarse, knapsack, losses, redundancy
 from rsprune.config import Config
-from rsprune.methods.pbs2p_exact import DEFAULT_BITS
+from rsprune.methods.pbs2p_exact import DEFAULT_BITS, Planes
 from rsprune.plan import Operator, Prepared, parse_pattern
 from rsprune.progress import Progress
 from rsprune.survey import IN_MEMORY, Spill
@@ -78,5 +78,11 @@ def patterns(
     if config.method == "pbs2p":
         return {o.name: _core.Pattern(f"{decided['layers'][o.layer]}:8", "row") for o in operators}
     if config.method == "pbs2p-exact":
-        return {o.name: _core.Pattern(decided["codes"][o.name], "row") for o in operators}
+        return {o.name: Planes.of(decided["codes"][o.name]).pattern for o in operators}
     return exact_patterns(operators, decided["layers"], parse_pattern(config).sparsity)
+
+
+def residuals(decided: Mapping[str, Any]) -> dict[str, _core.Pattern]:
+    """The codes of second planes of signs, by the names of the weights that have one."""
+    planes = {name: Planes.of(code).residual for name, code in decided.get("codes", {}).items()}
+    return {name: plane for name, plane in planes.items() if plane is not None}

@@ -27,11 +27,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from rsprune import _core
 from rsprune.config import Config
 from rsprune.errors import RspruneError
 from rsprune.methods.base import Operator as Task
-from rsprune.methods.pbs2p_exact import CODES
+from rsprune.methods.pbs2p_exact import DEFAULT_BITS, Planes, measured_codes, solved
 from rsprune.plan import Prepared
 from rsprune.progress import Progress
 from rsprune.survey import IN_MEMORY, Spill, few, survey
@@ -101,8 +100,10 @@ def losses(
     progress: Progress,
     spill: Spill = IN_MEMORY,
 ) -> dict[str, list[Choice]]:
-    """Every operator with every code, on the dense model's hidden states."""
+    """Every operator with every code near the budget, on the dense model's hidden states."""
     found: dict[str, list[Choice]] = {}
+    shapes = [(o.rows, o.columns) for o in prepared.plan.operators]
+    codes = measured_codes(config.bits or DEFAULT_BITS, shapes)
     for seen in survey(prepared, windows, few(len(windows)), threads, spill.sums):
         operators = {o.linear: o for o in prepared.plan.operators if o.layer == seen.index}
         for group, sums in seen.job.groups(seen.hidden, seen.hidden):
@@ -110,14 +111,14 @@ def losses(
                 task = Task(
                     weight=prepared.checkpoint.lend(operator.name),
                     dtype=operator.dtype,
-                    pattern=_core.Pattern(CODES[0], "row"),
+                    pattern=Planes.of(codes[0]).pattern,
                     calibration=sums.calibration,
                     heldout=sums.heldout,
                     spill=spill.solver,
                 )
                 try:
                     found[operator.name] = [
-                        _choice(code, task, config.damping, threads) for code in CODES
+                        _choice(code, task, config.damping, threads) for code in codes
                     ]
                 except ValueError as error:
                     raise RspruneError(f"{operator.name}: {error}") from None
@@ -126,8 +127,9 @@ def losses(
 
 
 def _choice(code: str, task: Task, damping: float, threads: int) -> Choice:
-    task = dataclasses.replace(task, pattern=_core.Pattern(code, "row"))
-    certificate = _core.pbs2p_exact(task, damping=damping, threads=threads)[1]
+    planes = Planes.of(code)
+    task = dataclasses.replace(task, pattern=planes.pattern, residual=planes.residual)
+    certificate = solved(task, damping, threads).certificate
     heldout = certificate["heldout_error"]
     loss = certificate["error"] if heldout is None else heldout
     return Choice(code, loss, certificate["packed_bits"] * task.weight.size)

@@ -22,7 +22,7 @@ from rsprune.config import Config
 from rsprune.experts import ExpertLinear
 from rsprune.memory_plan import stage_peaks
 from rsprune.methods.base import Inputs
-from rsprune.methods.pbs2p_exact import CODES
+from rsprune.methods.pbs2p_exact import DEFAULT_BITS, measured_codes
 from rsprune.plan import Plan, Prepared
 from rsprune.skeleton import Skeleton
 
@@ -108,7 +108,10 @@ def stages(prepared: Prepared, config: Config, speeds: Speeds) -> list[Stage]:
     if methods.differ(config):
         seconds = 8 * 2 / config.samples * forward
         if config.method == "pbs2p-exact":
-            seconds += len(CODES) * products * steps / speeds.solver
+            codes = measured_codes(
+                config.bits or DEFAULT_BITS, [(o.rows, o.columns) for o in plan.operators]
+            )
+            seconds += len(codes) * products * steps / speeds.solver
         found.insert(1, stage("allocate", seconds, weights, 0))
     if config.tune_block:
         # Backward is two forward passes; a window is judged once a pass over all.

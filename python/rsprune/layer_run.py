@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import time
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -50,6 +51,7 @@ class LayerRun:
         patterns: what every operator is pruned to, by the name of its weight.
         scratch: keeps changed weights of experts; None where the layer has none.
         spill: a folder for what solvers hold, where it is not to be in memory.
+        residuals: of weights with a second plane of signs, its codes.
         changed: tensors to be stored, by on-disk name, as they are stored.
         permutations: what `permute` did, as the journal keeps it.
         passes: partial runs over the windows beside those of `job`.
@@ -67,6 +69,7 @@ class LayerRun:
     progress: Progress
     scratch: Scratch | None
     spill: Path | None = None
+    residuals: Mapping[str, _core.Pattern] = field(default_factory=dict)
     changed: dict[str, NDArray[Any]] = field(default_factory=dict)
     permutations: list[dict[str, Any]] = field(default_factory=list)
     passes: float = 0.0
@@ -148,6 +151,7 @@ class LayerRun:
         self.changed[operator.name] = self.job.set_weight(linear, weight, operator.dtype)
         if given is not None:
             self.given[operator.name] = given
+        residual = self.residuals.get(operator.name)
         scope = self.config.scope or methods.get(self.config.method).scope
         self.records[operator.name] = {
             "name": operator.name,
@@ -158,6 +162,7 @@ class LayerRun:
             "pattern": str(self.patterns[operator.name]),
             "scope": "matrix" if self.config.allocate else scope,
             "seconds": time.perf_counter() - started,
+            **({} if residual is None else {"residual": str(residual)}),
             **certificate,
         }
         self.progress.step(f"{self._place} {linear}", certificate["error"])
@@ -264,4 +269,5 @@ class LayerRun:
             calibration=statistics.calibration,
             heldout=statistics.heldout,
             spill=self.spill,
+            residual=self.residuals.get(operator.name),
         )

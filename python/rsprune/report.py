@@ -29,7 +29,8 @@ KEYS = {
     "removal": "iteration",
 }  # what tells two lines of a kind apart
 TYPES: dict[str, tuple[type, ...]] = {
-    **dict.fromkeys(("name", "file", "dtype", "pattern", "scope", "sha256", "format"), (str,)),
+    **dict.fromkeys(("name", "file", "dtype", "pattern", "residual", "scope"), (str,)),
+    **dict.fromkeys(("sha256", "format"), (str,)),
     "shape": (list,),
     "scores": (dict,),
     "bytes": (int,),

@@ -117,6 +117,9 @@ def driver(method: str) -> type[Driver]:
     return _LayerwiseRun
 
 
+Patterns = dict[str, _core.Pattern]
+
+
 class _LayerwiseRun:
     """Prunes operator after operator."""
 
@@ -193,7 +196,7 @@ class _LayerwiseRun:
         if inputs.propagate == "model" and two:
             own = self._store(output, "own", channels)
             own.copy_from(dense)
-        self.patterns = self._patterns(output)
+        self.patterns, self.residuals = self._codes(output)
         self.progress.stage("layers", len(self.plan.operators))
         finished_layers = self._done("layer")
         for record in finished_layers:
@@ -201,13 +204,18 @@ class _LayerwiseRun:
         for index in range(len(finished_layers), self.plan.layers):
             dense, own = self._write_layer(output, index, dense, own)
 
-    def _patterns(self, output: OutputFolder) -> dict[str, _core.Pattern]:
-        """What every operator is pruned to, by the name of its weight."""
+    def _codes(self, output: OutputFolder) -> tuple[Patterns, Patterns]:
+        """What every operator is pruned to, and second planes of signs, by names of weights."""
         operators = self.plan.operators
         if not methods.differ(self.config):
-            return dict.fromkeys((o.name for o in operators), parse_pattern(self.config))
+            return dict.fromkeys((o.name for o in operators), parse_pattern(self.config)), {}
+        decided = self._decided(output)
+        return budget.patterns(decided, operators, self.config), budget.residuals(decided)
+
+    def _decided(self, output: OutputFolder) -> dict[str, Any]:
+        """What is decided about all operators before the first is pruned, now or before."""
         if known := self._done("allocation"):
-            return budget.patterns(known[0], operators, self.config)
+            return known[0]
         with self.timing.stage("allocate"):
             self.progress.stage("allocate", self.plan.layers)
             spill = Spill(self._spill(output, "Grams"), self._spill(output, "solver's matrices"))
@@ -215,7 +223,7 @@ class _LayerwiseRun:
                 self.prepared, self.windows, self.config, self.threads, self.progress, spill
             )
         self.journal.write("allocation", **decided)
-        return budget.patterns(decided, operators, self.config)
+        return decided
 
     def _write_layer(
         self, output: OutputFolder, index: int, dense: Windows, own: Windows
@@ -226,7 +234,7 @@ class _LayerwiseRun:
         job = self._job(output, index)
         layer = LayerRun(
             index, self.prepared, self.config, job, self.patterns, self.journal, self.progress,
-            self._scratch(output, job), self._spill(output, "solver's matrices"),
+            self._scratch(output, job), self._spill(output, "solver's matrices"), self.residuals,
         )  # fmt: skip
         if self.permutes:
             layer.permute(dense)

@@ -85,7 +85,9 @@ def _every_tensor(report: Report) -> Table:
     for record in report.tensors:
         errors = _number(record.get("error")), _number(record.get("heldout_error"))
         zeros = f"{record.get('sparsity') or 0.0:.1%}"
-        pattern, tokens = str(record.get("pattern")), str(record.get("tokens", "-"))
+        planes = (record.get("pattern"), record.get("residual"))
+        pattern = " + ".join(str(plane) for plane in planes if plane) or "-"
+        tokens = str(record.get("tokens", "-"))
         bits = _bits(record.get("true_bits"))
         table.add_row(_name(record["name"]), bits, *errors, zeros, pattern, tokens)
     return table

@@ -22,6 +22,8 @@ class Operator:
         pattern: what may stay.
         calibration: sums over the calibration tokens of the operator's input.
         heldout: the same over tokens that no solver sees.
+        residual: of what codes a second plane of signs is, where there is one; `pattern` then
+            keeps all.
         spill: a folder on whose disk large arrays lie while it is solved; None for memory.
     """
 
@@ -31,6 +33,7 @@ class Operator:
     calibration: _core.Statistics
     heldout: _core.Statistics | None
     spill: Path | None = None
+    residual: _core.Pattern | None = None
 
 
 @dataclass(frozen=True)

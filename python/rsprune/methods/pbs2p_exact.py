@@ -2,26 +2,64 @@
 
     min sum of relative losses   subject to   true bits of all operators <= bits
 
-Every operator gets one of six codes, chosen by measured loss (see `rsprune.codes`); how a code's
-places and signs are chosen stands in the core's `binarize/exact.rs`.
+Every operator gets one of nine codes, chosen by measured loss (see `rsprune.codes`); how a code's
+places and signs are chosen stands in the core's `binarize/exact.rs`, for two planes of signs in
+`binarize/residual.rs`.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Sequence
-from typing import ClassVar
+from typing import ClassVar, NamedTuple
 
 from rsprune import _core
 from rsprune.config import Config
 from rsprune.errors import UsageError
-from rsprune.methods.base import Operator, Pruned
+from rsprune.methods.base import Operator, Packed, Pruned
 from rsprune.methods.binarizer import Binarizer
 
-CODES = ("2:8", "8:8", "3:8", "3:4", "4:8", "5:8")
-"""By bits. The last two take the same; 5:8 errs about 5 % less where no few weights are large."""
+CODES = ("2:8", "8:8", "3:8", "3:4", "4:8", "5:8", "8:8 + 1:8", "8:8 + 2:8", "8:8 + 8:8")
+"""By bits; after a plus that of a second plane of signs. 4:8 and 5:8 take the same; 5:8 errs about
+5 % less where no few weights are large."""
+REACH = 0.75
+"""Codes that take more or fewer bits than asked by this are not measured."""
 DEFAULT_BITS = 1.0
 """True bits a weight."""
+
+
+class Planes(NamedTuple):
+    """A code, taken apart."""
+
+    pattern: _core.Pattern
+    """Of the first plane of signs."""
+    residual: _core.Pattern | None
+    """Of the second."""
+
+    @classmethod
+    def of(cls, code: str) -> Planes:
+        """Reads an element of `CODES`."""
+        first, _, second = code.partition(" + ")
+        pattern = _core.Pattern(first, "row")
+        return cls(pattern, _core.Pattern(second, "row") if second else None)
+
+    def bits(self, columns: int) -> float:
+        """Bits a weight in rows of so many columns, everything counted."""
+        return sum(_core.signs_bits(plane, columns) for plane in self if plane is not None)
+
+
+def mean_bits(code: str, shapes: Sequence[tuple[int, int]]) -> float:
+    """Bits a weight of matrices of these shapes (rows, columns) together."""
+    planes, weights = Planes.of(code), sum(rows * columns for rows, columns in shapes)
+    return sum(rows * columns * planes.bits(columns) for rows, columns in shapes) / weights
+
+
+def measured_codes(asked: float, shapes: Sequence[tuple[int, int]]) -> list[str]:
+    """The codes worth measuring for a budget: those near it, and the largest that fits into it."""
+    bits = {code: mean_bits(code, shapes) for code in CODES}
+    largest = max((code for code in CODES if bits[code] <= asked), key=lambda code: bits[code])
+    return [code for code in CODES if abs(bits[code] - asked) <= REACH or code == largest]
 
 
 class PBS2PExact(Binarizer):
@@ -37,13 +75,8 @@ class PBS2PExact(Binarizer):
 
     def check_shapes(self, shapes: Sequence[tuple[int, int]], config: Config) -> list[str]:
         """See `Binarizer.check_shapes`."""
-        asked, weights = config.bits or DEFAULT_BITS, sum(rows * cols for rows, cols in shapes)
-
-        def bits(code: str) -> float:
-            pattern = _core.Pattern(code, "row")
-            return sum(r * c * _core.signs_bits(pattern, c) for r, c in shapes) / weights
-
-        smallest, largest = bits(CODES[0]), bits(CODES[-1])
+        asked = config.bits or DEFAULT_BITS
+        smallest, largest = mean_bits(CODES[0], shapes), mean_bits(CODES[-1], shapes)
         if asked < smallest:
             raise UsageError(
                 f"option bits: pbs2p-exact expects at least {math.ceil(smallest * 1e4) / 1e4:g}, "
@@ -59,4 +92,13 @@ class PBS2PExact(Binarizer):
         self, operator: Operator, config: Config, *, model_type: str, threads: int | None
     ) -> Pruned:
         """See `Method.solve`."""
-        return Pruned(*_core.pbs2p_exact(operator, damping=config.damping, threads=threads))
+        return solved(operator, config.damping, threads)
+
+
+def solved(operator: Operator, damping: float, threads: int | None) -> Pruned:
+    """An operator with its code."""
+    if operator.residual is None:
+        return Pruned(*_core.pbs2p_exact(operator, damping=damping, threads=threads))
+    second = dataclasses.replace(operator, pattern=operator.residual)
+    weight, certificate, packed = _core.pbs2p_residual(second, damping=damping, threads=threads)
+    return Pruned(weight, certificate, Packed(*packed))

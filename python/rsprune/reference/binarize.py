@@ -78,6 +78,50 @@ def exact(
     )
 
 
+def residual(
+    weight: Matrix, statistics: Statistics, *, keep: int, of: int, damping: float, dtype: str
+) -> Matrix:
+    """Two planes of signs, the second `keep` of every `of`; see the core's `residual.rs`."""
+
+    def solve(block: slice, targets: Matrix, metric: Matrix, diagonal: Matrix) -> Matrix:
+        rows = [_two_planes(t, metric, diagonal, keep, of) for t in targets]
+        return np.asarray(widen(narrow(np.array(rows, np.float32), dtype), dtype), np.float64)
+
+    return sweep(weight, statistics, solve, width=SCALE_COLUMNS, damping=damping, published=False)
+
+
+def _two_planes(wanted: Matrix, metric: Matrix, diagonal: Matrix, keep: int, of: int) -> Matrix:
+    """The best sum of two planes among four steps, with scales in F16."""
+    groups = [(8, 8), (keep, of)]
+    codes, scales = [np.zeros_like(wanted)] * 2, [0.0, 0.0]
+    best, least = np.zeros_like(wanted), np.inf
+    for step in range(4):
+        plane = step % 2
+        left = wanted - scales[1 - plane] * codes[1 - plane]
+        codes[plane] = _row(left, metric, diagonal, *groups[plane], "search")[1]
+        scales = _two_scales(wanted, metric, codes[0], codes[1])
+        scales = widen(narrow(np.array(scales, np.float32), "F16"), "F16").tolist()
+        value = scales[0] * codes[0] + scales[1] * codes[1]
+        error = wanted - value
+        if (found := float(error @ metric @ error)) < least:
+            best, least = value, found
+    return best
+
+
+def _two_scales(wanted: Matrix, metric: Matrix, first: Matrix, second: Matrix) -> list[float]:
+    """Scales of least objective, none below zero."""
+    codes = np.stack([first, second])
+    energy, pull = codes @ metric @ codes.T, codes @ metric @ wanted
+    if np.linalg.det(energy) <= 1e-9 * energy[0, 0] * energy[1, 1]:
+        return [float(pull[0] / energy[0, 0]) if energy[0, 0] > 0 else 0.0, 0.0]
+    alpha, beta = np.linalg.solve(energy, pull)
+    if beta < 0:
+        alpha, beta = pull[0] / energy[0, 0], 0.0
+    if alpha < 0:
+        alpha, beta = 0.0, max(float(pull[1] / energy[1, 1]), 0.0)
+    return [float(alpha), float(beta)]
+
+
 def rounded(scales: Matrix, dtype: str) -> Matrix:
     """Scales in F16, then in the weight's type."""
     half = widen(narrow(np.maximum(scales, 0), "F16"), "F16")
@@ -134,10 +178,11 @@ def _best_code(
 ) -> Matrix:
     """All codes of a group tried out."""
     best, least = code[group], np.inf
-    for candidate in itertools.product((0.0, 1.0, -1.0), repeat=len(group)):
-        if np.count_nonzero(candidate) == keep:
+    for places in itertools.combinations(group, keep):
+        for signs in itertools.product((1.0, -1.0), repeat=keep):
             tried = code.copy()
-            tried[group] = candidate
+            tried[group] = 0
+            tried[list(places)] = signs
             if (found := _objective(wanted, tried, metric, alpha)) < least:
-                best, least = np.array(candidate), found
+                best, least = tried[group], found
     return best

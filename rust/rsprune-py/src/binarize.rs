@@ -57,6 +57,18 @@ fn pbs2p_exact<'py>(
     solve_with(py, &operator, threads, |job, task| core::exact(job, task, damping, stage))
 }
 
+/// Two planes of signs with exact compensation; the second has the codes of the pattern.
+#[pyfunction]
+#[pyo3(signature = (operator, *, damping, threads = None))]
+fn pbs2p_residual<'py>(
+    py: Python<'py>,
+    operator: Operator<'py>,
+    damping: f64,
+    threads: Option<usize>,
+) -> PyResult<WithParts<'py>> {
+    packed_with(py, &operator, threads, |job, task| core::exact_residual(job, task, damping))
+}
+
 /// Stepwise pruning with binarization optimisation.
 #[pyfunction]
 #[pyo3(signature = (operator, *, damping, threads = None))]
@@ -116,6 +128,7 @@ fn signs_bits(pattern: &Bound<'_, Pattern>, columns: usize) -> PyResult<f64> {
 /// Adds the functions of this module.
 pub fn register(m: &Bound<'_, PyModule>) -> PyResult<()> {
     m.add_function(wrap_pyfunction!(pbs2p_exact, m)?)?;
+    m.add_function(wrap_pyfunction!(pbs2p_residual, m)?)?;
     m.add_function(wrap_pyfunction!(pbs2p, m)?)?;
     m.add_function(wrap_pyfunction!(billm, m)?)?;
     m.add_function(wrap_pyfunction!(arb, m)?)?;

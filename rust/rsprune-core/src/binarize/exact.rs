@@ -24,6 +24,9 @@ use crate::pattern::{Pattern, for_smallest};
 use crate::solve::{Bits, Factor, Solution, Task};
 use std::ops::Range;
 
+/// Of what both half types hold.
+pub(super) const LARGEST: f32 = 65280.0;
+
 /// Columns of a row that share a scale.
 pub const SCALE_COLUMNS: usize = 256;
 
@@ -68,9 +71,9 @@ struct Solver {
     table: Option<CodeTable>,
 }
 
-struct Shared {
-    width: usize,
-    g: Vec<f32>,
+pub(super) struct Shared {
+    pub width: usize,
+    pub g: Vec<f32>,
     /// `R_jj`.
     diagonal: Vec<f32>,
     /// Of every group the energies of all codes.
@@ -87,15 +90,7 @@ impl BlockSolver for Solver {
     }
 
     fn prepare(&self, job: &Job, sweep: &Sweep, block: &Range<usize>) -> Result<Shared> {
-        let (g, width, of) = (sweep.metric(block).to_vec(), block.len(), self.groups.of);
-        let energies = match &self.table {
-            Some(table) => {
-                job.map(width / of, |k| Ok(table.energies(&g, width, k * of..(k + 1) * of)))?
-            }
-            None => Vec::new(),
-        };
-        let diagonal = block.clone().map(|j| sweep.diagonal(j)).collect();
-        Ok(Shared { width, g, diagonal, energies })
+        Shared::new(job, sweep, block, self.table.as_ref())
     }
 
     #[inline]
@@ -116,28 +111,47 @@ impl BlockSolver for Solver {
     }
 }
 
+impl Shared {
+    pub fn new(
+        job: &Job,
+        sweep: &Sweep,
+        block: &Range<usize>,
+        table: Option<&CodeTable>,
+    ) -> Result<Shared> {
+        let (g, width) = (sweep.metric(block).to_vec(), block.len());
+        let energies = match table {
+            Some(table) => {
+                let of = table.of;
+                job.map(width / of, |k| Ok(table.energies(&g, width, k * of..(k + 1) * of)))?
+            }
+            None => Vec::new(),
+        };
+        let diagonal = block.clone().map(|j| sweep.diagonal(j)).collect();
+        Ok(Shared { width, g, diagonal, energies })
+    }
+}
+
 /// `alpha` in F16 and then in the weight's type, so that it is exact in both.
 fn scale(alpha: f32, float: Float) -> f32 {
-    const LARGEST: f32 = 65280.0; // of what both half types hold
     float.round(Float::F16.round(alpha.clamp(0.0, LARGEST)))
 }
 
 /// One row's block.
-struct Row<'a> {
+pub(super) struct Row<'a> {
     shared: &'a Shared,
     /// `T G`.
-    pull: [f32; SCALE_COLUMNS],
+    pub pull: [f32; SCALE_COLUMNS],
     /// `c`.
-    c: [f32; SCALE_COLUMNS],
+    pub c: [f32; SCALE_COLUMNS],
     /// `c G`.
-    push: [f32; SCALE_COLUMNS],
-    alpha: f32,
+    pub push: [f32; SCALE_COLUMNS],
+    pub alpha: f32,
 }
 
 impl<'a> Row<'a> {
     /// Dense signs.
     #[inline]
-    fn new(shared: &'a Shared, target: &[f32], groups: Groups) -> Row<'a> {
+    pub fn new(shared: &'a Shared, target: &[f32], groups: Groups) -> Row<'a> {
         let zeros = [0.0; SCALE_COLUMNS];
         let mut row = Row { shared, pull: zeros, c: zeros, push: zeros, alpha: 0.0 };
         for (j, t) in target.iter().enumerate() {
@@ -185,7 +199,7 @@ impl<'a> Row<'a> {
 
     /// Drops of every group the weight whose loss changes the objective least.
     #[inline]
-    fn drop_one(&mut self, groups: Groups) {
+    pub fn drop_one(&mut self, groups: Groups) {
         let (w, alpha) = (self.shared.width, self.alpha);
         for first in (0..w).step_by(groups.of) {
             let mut least = (f32::INFINITY, first);
@@ -203,7 +217,7 @@ impl<'a> Row<'a> {
 
     /// Gives every group, one after another, the best of all its codes.
     #[inline]
-    fn search(&mut self, table: &CodeTable) {
+    pub fn search(&mut self, table: &CodeTable) {
         let (w, of, alpha) = (self.shared.width, table.of, self.alpha);
         if alpha <= 0.0 {
             return; // a target of zeros

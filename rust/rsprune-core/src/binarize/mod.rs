@@ -15,6 +15,7 @@ mod exact;
 mod gptq;
 mod groups;
 mod pbs2p;
+mod residual;
 mod sweep;
 
 pub use arb::arb;
@@ -22,6 +23,7 @@ pub use billm::billm;
 pub use exact::{SCALE_COLUMNS, Stage, exact, signs_bits};
 pub use gptq::gptq;
 pub use pbs2p::pbs2p;
+pub use residual::exact_residual;
 
 use crate::buffer::Buffer;
 use crate::error::{Error, Result};

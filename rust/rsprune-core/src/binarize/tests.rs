@@ -1,11 +1,11 @@
 //! What is evaluated is what is stored: parts unpack to the values, bit for bit.
 
-use super::{Packed, arb, billm, gptq, pbs2p};
+use super::{Packed, arb, billm, exact_residual, gptq, pbs2p};
 use crate::Result;
 use crate::buffer::Room;
 use crate::float::Float;
 use crate::kernels::Kernel;
-use crate::pack::{Dense, Groups, binary, row_column, uniform};
+use crate::pack::{Dense, Groups, binary, residual, row_column, uniform};
 use crate::par::{Job, Pool};
 use crate::pattern::Pattern;
 use crate::solve::{Statistics, Task};
@@ -74,6 +74,18 @@ fn binary_parts_are_the_values() {
         |job, task| billm(job, task, 0.01),
         |parts, dense, out| binary::unpack(parts, dense, groups, 0..ROWS, out),
     );
+}
+
+#[test]
+fn both_planes_are_the_values() {
+    for (keep, of) in [(1, 8), (2, 8), (3, 4), (8, 8)] {
+        let groups = Groups { keep, of };
+        check(
+            Pattern::KeepOf { keep, of },
+            |job, task| exact_residual(job, task, 0.01),
+            |parts, dense, out| residual::unpack(parts, dense, groups, 0..ROWS, out),
+        );
+    }
 }
 
 #[test]

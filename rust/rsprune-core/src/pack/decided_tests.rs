@@ -1,6 +1,6 @@
 //! The formats whose contents a solver decides: golden bytes, round trips, refusals.
 
-use super::{Dense, Element, Groups, Part, binary, row_column, true_bits, uniform};
+use super::{Dense, Element, Groups, Part, binary, residual, row_column, true_bits, uniform};
 use crate::float::Float;
 use binary::{BLOCK, KEPT, Levels, MINUS, SECOND};
 use proptest::prelude::*;
@@ -78,6 +78,15 @@ fn other_bytes_are_those_of_the_page() {
     assert_eq!(numbers(&out), [0.0, 2.0, 4.0, -6.0, 8.0, 10.0, -12.0, 14.0, 16.0]);
     assert!(numbers(&out)[0].is_sign_positive());
 
+    let first = [1.0, -1.0, 1.0, 1.0, -1.0, -1.0, 1.0, 1.0];
+    let second = [0.0, 0.0, 0.5, 0.0, 0.0, 0.0, 0.0, 0.0];
+    let groups = Groups { keep: 1, of: 8 };
+    let parts = residual::pack([&first, &second], &dense(1, 8), groups).unwrap();
+    assert_eq!(parts, [vec![0b0011_0010], vec![0, 0x3c], vec![2], vec![0], vec![0, 0x38]]);
+    let mut out = vec![0; 32];
+    residual::unpack(&slices(&parts), &dense(1, 8), groups, 0..1, &mut out).unwrap();
+    assert_eq!(numbers(&out), [1.0, -1.0, 1.5, 1.0, -1.0, -1.0, 1.0, 1.0]);
+
     let codes = vec![0b101, 0b010, 0b111, 0b000];
     let found = uniform::Decisions { codes, scales: vec![0.5], zeros: vec![3] };
     let parts = uniform::pack(&found, &dense(1, 4), 3).unwrap();
@@ -102,6 +111,16 @@ fn layouts_and_their_bits() {
     assert_eq!(names(&layout), expected);
     assert!((true_bits(&layout, &dense) - (2.75 + 1.0 / 64.0)).abs() < 1e-12);
     assert_eq!(binary::layout(&dense, Groups { keep: 8, of: 8 }).unwrap().len(), 5);
+    let layout = residual::layout(&dense, Groups { keep: 2, of: 8 }).unwrap();
+    let expected = [
+        ("signs", "U8", vec![64, 32]),
+        ("scales", "F16", vec![64, 1]),
+        ("residual_positions", "U8", vec![64, 20]),
+        ("residual_signs", "U8", vec![64, 8]),
+        ("residual_scales", "F16", vec![64, 1]),
+    ];
+    assert_eq!(names(&layout), expected);
+    assert!((true_bits(&layout, &dense) - 2.0).abs() < 1e-12);
     let bits = true_bits(&uniform::layout(&dense, 3).unwrap(), &dense);
     assert!((bits - 3.1875).abs() < 1e-12);
     assert!(uniform::layout(&dense, 5).unwrap_err().to_string().contains("expected 2, 3, 4 or 8"));

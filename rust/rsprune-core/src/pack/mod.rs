@@ -13,6 +13,7 @@ mod bitmap;
 pub mod bits;
 mod keep_of;
 mod positions;
+pub mod residual;
 pub mod row_column;
 mod signs;
 pub mod uniform;
@@ -41,6 +42,8 @@ pub enum Format {
     Signs(Groups),
     /// `binary 6:8`: signs, residual signs, magnitude groups and means, as in BiLLM and PBS2P.
     Binary(Groups),
+    /// `residual 2:8`: a sign a weight, and a second one a kept weight, each with such scales.
+    Residual(Groups),
     /// `row-column`: one sign a weight, scales of rows and of columns.
     RowColumn,
     /// `uniform 3`: so many bits a weight, a scale and a zero for 128 columns of a row.
@@ -134,8 +137,8 @@ impl Format {
     /// Reads a name such as `keep-of 2:4`.
     pub fn parse(text: &str) -> Result<Format> {
         let unknown = || {
-            let known =
-                "keep-of n:m, bitmap COUNT, signs n:m, binary n:m, row-column, uniform BITS";
+            let known = "keep-of n:m, bitmap COUNT, signs n:m, binary n:m, residual n:m, row-column, \
+                 uniform BITS";
             Error::Pattern(format!("packed format {text:?}: unknown, expected one of {known}"))
         };
         if text == "row-column" {
@@ -145,6 +148,7 @@ impl Format {
         match name {
             "keep-of" => Ok(Format::KeepOf(groups(text, argument, &[4, 8, 16])?)),
             "signs" => Ok(Format::Signs(groups(text, argument, &[4, 8])?)),
+            "residual" => Ok(Format::Residual(groups(text, argument, &[4, 8])?)),
             "binary" => Ok(Format::Binary(groups(text, argument, &[4, 8])?)),
             "uniform" => Ok(Format::Uniform(number(argument).ok_or_else(unknown)?)),
             "bitmap" => {
@@ -177,6 +181,7 @@ impl Format {
             Format::Bitmap(bitmap) => bitmap.layout(dense),
             Format::Signs(groups) => signs::layout(dense, *groups),
             Format::Binary(groups) => binary::layout(dense, *groups),
+            Format::Residual(groups) => residual::layout(dense, *groups),
             Format::RowColumn => row_column::layout(dense),
             Format::Uniform(width) => uniform::layout(dense, *width),
         }
@@ -190,6 +195,7 @@ impl fmt::Display for Format {
             Format::Bitmap(Bitmap { values }) => write!(f, "bitmap {values}"),
             Format::Signs(Groups { keep, of }) => write!(f, "signs {keep}:{of}"),
             Format::Binary(Groups { keep, of }) => write!(f, "binary {keep}:{of}"),
+            Format::Residual(Groups { keep, of }) => write!(f, "residual {keep}:{of}"),
             Format::RowColumn => write!(f, "row-column"),
             Format::Uniform(width) => write!(f, "uniform {width}"),
         }
@@ -206,7 +212,7 @@ pub fn pack(weight: &[u8], dense: &Dense, format: &Format) -> Result<Vec<Vec<u8>
         Format::KeepOf(groups) => keep_of::pack(weight, dense, *groups),
         Format::Bitmap(bitmap) => bitmap.pack(weight, dense),
         Format::Signs(groups) => signs::pack(weight, dense, *groups),
-        Format::Binary(_) | Format::RowColumn | Format::Uniform(_) => {
+        Format::Binary(_) | Format::Residual(_) | Format::RowColumn | Format::Uniform(_) => {
             let reason = "is packed by the method that made it, not from the weight's values";
             Err(Error::Pattern(format!("packed format {format}: {reason}")))
         }
@@ -248,6 +254,7 @@ pub fn unpack_into(
         Format::Bitmap(bitmap) => bitmap.unpack(parts, dense, rows, out),
         Format::Signs(groups) => signs::unpack(parts, dense, *groups, rows, out),
         Format::Binary(groups) => binary::unpack(parts, dense, *groups, rows, out),
+        Format::Residual(groups) => residual::unpack(parts, dense, *groups, rows, out),
         Format::RowColumn => row_column::unpack(parts, dense, rows, out),
         Format::Uniform(width) => uniform::unpack(parts, dense, *width, rows, out),
     }

@@ -154,7 +154,7 @@ impl Linear {
             Format::Signs(groups) => {
                 Kind::Signs { table: Table::new(*groups), step: 8 * groups.keep / groups.of }
             }
-            Format::Binary(_) | Format::RowColumn | Format::Uniform(_) => {
+            Format::Binary(_) | Format::Residual(_) | Format::RowColumn | Format::Uniform(_) => {
                 return Err(Error::Option(format!("packed format {format}: has no kernels")));
             }
         };
