@@ -186,12 +186,40 @@ SIGNS = {
     "reject-group-of-16": packed("signs 2:16", (1, 16), [0], [1], HALF),
 }
 
+UNIT = [0x00, 0x3C]
+"""1 as an F16."""
+SALIENT = [0b1000, *[0] * 15]
+"""A block whose column 3 is salient."""
+LEVELS = [0x00, 0x3C, 0x00, 0x40, 0x00, 0x44, 0x00, 0x38], [0x00, 0x34, 0x00, 0xB4, 0x00, 0x00]
+COLUMNS = [0x00, 0x3C] * 9
+
+DECIDED = {
+    "accept-binary": packed("binary 6:8", (1, 8), [19], [0x21], [0x24], SALIENT, *LEVELS),
+    "accept-residual": packed("residual 1:8", (1, 8), [0x32], UNIT, [2], [0], HALF),
+    "accept-residual-dense": packed(
+        "residual 8:8", (1, 8), [0x32], UNIT, [0xFF], HALF, dtype="F32"
+    ),
+    "accept-row-column": packed("row-column", (1, 9), [0x49, 0], [0x00, 0x40], COLUMNS),
+    "accept-uniform": packed("uniform 3", (1, 4), [0xD5, 1], HALF, [3]),
+    "reject-binary-code": packed("binary 6:8", (1, 8), [28], [0x21], [0x24], SALIENT, *LEVELS),
+    "reject-binary-short": packed("binary 6:8", (1, 8), [19], [0x21], [0x24], SALIENT, LEVELS[0]),
+    "reject-residual-code": packed("residual 1:4", (1, 8), [0x32], UNIT, [0x10], [0], HALF),
+    "reject-residual-scale": packed("residual 1:8", (1, 8), [0x32], UNIT, [2], [0], [0x00, 0x7C]),
+    "reject-residual-first": packed("residual 1:8", (1, 8), [0x32], [0x00, 0xB8], [2], [0], HALF),
+    "reject-residual-columns": packed("residual 3:4", (1, 12), [0x32, 0], UNIT, [0], [0], HALF),
+    "reject-row-column-end": packed("row-column", (1, 9), [0x49, 2], [0x00, 0x40], COLUMNS),
+    "reject-row-column-infinite": packed("row-column", (1, 9), [0x49, 0], [0x00, 0x7C], COLUMNS),
+    "reject-uniform-zero": packed("uniform 3", (1, 4), [0xD5, 1], HALF, [8]),
+    "reject-uniform-width": packed("uniform 5", (1, 4), [0xD5, 1], HALF, [3]),
+}
+
 TARGETS = {
     "header": HEADERS,
     "index": INDICES,
     "keep_of": KEEP_OF,
     "bitmap": BITMAP,
     "signs": SIGNS,
+    "decided": DECIDED,
 }
 
 

@@ -44,7 +44,7 @@ fn indices() {
 
 #[test]
 fn packed_weights() {
-    for format in ["keep_of", "bitmap", "signs"] {
+    for format in ["keep_of", "bitmap", "signs", "decided"] {
         for (name, path) in corpus(format, 5) {
             holds(&name, packed_case::unpack_file(&fs::read(path).unwrap()));
         }
