@@ -25,7 +25,7 @@ class Config(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    method: str = "sparsegpt"
+    method: str = "best"
     """Name in the registry of methods."""
     pattern: str = "2:4"
     """`keep:of` with groups of 4, 8 or 16, or a sparsity such as `50%` or `0.5`."""
