@@ -13,7 +13,8 @@ PBS2P-exact, by operators (ours): a knapsack on losses that are measured code by
 
     min sum_o loss_o(code_o)    subject to    sum_o bits_o(code_o) <= bits * weights
 
-solved by its Lagrangian, `min loss + mu bits` operator by operator with mu by bisection; what is
+where a loss is that of some rows, evenly spaced: a row's loss depends on no other row. It is solved
+by its Lagrangian, `min loss + mu bits` operator by operator with mu by bisection; what is
 left of the budget goes to the changes that gain most per bit.
 """
 
@@ -24,6 +25,7 @@ import math
 from collections.abc import Sequence
 from typing import NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -37,6 +39,8 @@ from rsprune.survey import IN_MEMORY, Spill, few, survey
 
 SPAN = 2
 """How far a layer's N may be from the target."""
+ROWS = 192
+"""Rows by which a code's loss is measured, or a few more."""
 
 
 class Choice(NamedTuple):
@@ -108,8 +112,9 @@ def losses(
         operators = {o.linear: o for o in prepared.plan.operators if o.layer == seen.index}
         for group, sums in seen.job.groups(seen.hidden, seen.hidden):
             for operator in (operators[name] for name in group.linears if name in operators):
+                weight = prepared.checkpoint.lend(operator.name)
                 task = Task(
-                    weight=prepared.checkpoint.lend(operator.name),
+                    weight=np.ascontiguousarray(weight[:: max(1, len(weight) // ROWS)]),
                     dtype=operator.dtype,
                     pattern=Planes.of(codes[0]).pattern,
                     calibration=sums.calibration,
@@ -118,7 +123,7 @@ def losses(
                 )
                 try:
                     found[operator.name] = [
-                        _choice(code, task, config.damping, threads) for code in codes
+                        _choice(code, task, weight.size, config.damping, threads) for code in codes
                     ]
                 except ValueError as error:
                     raise RspruneError(f"{operator.name}: {error}") from None
@@ -126,13 +131,13 @@ def losses(
     return found
 
 
-def _choice(code: str, task: Task, damping: float, threads: int) -> Choice:
+def _choice(code: str, task: Task, weights: int, damping: float, threads: int) -> Choice:
     planes = Planes.of(code)
     task = dataclasses.replace(task, pattern=planes.pattern, residual=planes.residual)
     certificate = solved(task, damping, threads).certificate
     heldout = certificate["heldout_error"]
     loss = certificate["error"] if heldout is None else heldout
-    return Choice(code, loss, certificate["packed_bits"] * task.weight.size)
+    return Choice(code, loss, certificate["packed_bits"] * weights)
 
 
 def knapsack(operators: Sequence[Sequence[Choice]], budget: float) -> list[Choice]:

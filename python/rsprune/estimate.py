@@ -18,6 +18,7 @@ import numpy as np
 import torch
 
 from rsprune import _core, methods
+from rsprune.codes import ROWS
 from rsprune.config import Config
 from rsprune.experts import ExpertLinear
 from rsprune.memory_plan import stage_peaks
@@ -111,7 +112,8 @@ def stages(prepared: Prepared, config: Config, speeds: Speeds) -> list[Stage]:
             codes = measured_codes(
                 config.bits or DEFAULT_BITS, [(o.rows, o.columns) for o in plan.operators]
             )
-            seconds += len(codes) * products * steps / speeds.solver
+            tried = sum(2 * min(o.rows, ROWS) * o.columns**2 for o in plan.operators)
+            seconds += len(codes) * products * tried / speeds.solver
         found.insert(1, stage("allocate", seconds, weights, 0))
     if config.tune_block:
         # Backward is two forward passes; a window is judged once a pass over all.
