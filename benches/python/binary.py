@@ -45,7 +45,8 @@ def table(results: list[dict[str, Any]]) -> str:
             return sum(tensor[key] * weight for tensor, weight in pairs) / sum(weights)
 
         error = math.exp(sum(math.log(max(t["error"], 1e-12)) for t in tensors) / len(tensors))
-        cells = [result["name"], f"{mean('true_bits'):.3f}", f"{8 * summary['bytes_written'] / summary['parameters']:.3f}",
+        whole = 8 * summary["bytes_written"] / summary["parameters"]
+        cells = [result["name"], f"{mean('true_bits'):.3f}", f"{whole:.3f}",
                  f"{mean('nominal_bits'):.2f}", f"{result['eval']['perplexity']:.2f}",
                  f"{error:.4f}", f"{sum(summary['seconds'].values()):.0f}",
                  f"{summary['peak_rss_anon'] / 2**20:.0f}"]  # fmt: skip
