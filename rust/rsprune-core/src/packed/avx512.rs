@@ -8,9 +8,9 @@
 //! stream, `vpermi2b` looks them up.
 #![allow(unsafe_code)] // vector loads; every length is checked before its loop
 
-use super::Simd;
 use super::input::{Group, Order};
 use super::row::{BLOCK, Signs, Table, Values, word};
+use super::{Simd, avx512_rows};
 use crate::float::Float;
 use std::arch::x86_64::*;
 
@@ -78,6 +78,24 @@ impl Simd for Avx512 {
             match row.mask {
                 Some(_) => dot_signs::<false, T>(row, x),
                 None => dot_signs::<true, T>(row, x),
+            }
+        }
+    }
+
+    fn dot_signs_of<const R: usize>(self, rows: [Signs; R], x: &Group<f32>) -> [f32; R] {
+        if rows[0].mask.is_some() {
+            return rows.map(|row| self.dot_signs::<1>(row, x)[0]); // together they are slower
+        }
+        // SAFETY: as above.
+        unsafe { avx512_rows::dot_signs(rows, x) }
+    }
+
+    fn dot_signs_int8_of<const R: usize>(self, rows: [Signs; R], x: &Group<i8>) -> [f32; R] {
+        // SAFETY: as above.
+        unsafe {
+            match rows[0].mask {
+                Some(_) => avx512_rows::dot_signs_int8::<false, R>(rows, x),
+                None => avx512_rows::dot_signs_int8::<true, R>(rows, x),
             }
         }
     }
@@ -217,14 +235,14 @@ fn read_masks(table: &Table, stream: &[u8], masks: &mut [u8]) {
 /// The kept columns of a 64-column word, and those of them with a minus.
 #[inline]
 #[target_feature(enable = "bmi2")]
-fn keep_and_minus(row: &Signs, i: usize) -> (u64, u64) {
+pub(super) fn keep_and_minus(row: &Signs, i: usize) -> (u64, u64) {
     let (keep, signs) = row.words(i);
     (keep, if row.mask.is_some() { _pdep_u64(signs, keep) } else { signs })
 }
 
 #[inline]
 #[target_feature(enable = "avx512f")]
-fn scale(row: &Signs, block: usize) -> __m512 {
+pub(super) fn scale(row: &Signs, block: usize) -> __m512 {
     _mm512_cvtph_ps(_mm256_set1_epi16(row.scale(block) as i16))
 }
 

@@ -1,5 +1,7 @@
 //! Few tokens: every row is walked once for up to four of them, and decoded in registers.
 //!
+//! With a single token four rows of signs are walked at once.
+//!
 //! The walk goes by columns of which the activations stay in L1 (32 KiB: 2,048 columns of four
 //! tokens), all rows of a worker's share before the next columns. Read from L2, the activations of
 //! four tokens cost more than the weight.
@@ -9,6 +11,7 @@ use super::row::{BLOCK, Signs};
 use super::{Kind, Linear, Mode, Simd, too_few_values};
 use crate::error::Result;
 use crate::par::Job;
+use std::array;
 
 /// Rows that a worker takes at once: their masks stay in L1.
 const ROWS: usize = 16;
@@ -16,7 +19,10 @@ const ROWS: usize = 16;
 /// Activations of a group that are met by all rows before the next.
 const NEAR: usize = 8192;
 
-/// The products of one row with a group; those beyond the group's tokens are 0.
+/// Rows of signs that are walked at once with a single token.
+const TOGETHER: usize = 4;
+
+/// The products of one row with a group, or of several with a single token; the rest is 0.
 type Dots = [f32; GROUP];
 
 /// Evaluates `$body` for the number of tokens of a group, as the constant `$t`.
@@ -56,7 +62,7 @@ pub(super) fn apply<S: Simd>(
         let groups: Vec<_> = groups.map(|x| pieces(x, cols, simd.order(float))).collect();
         return job.share_blocks(out, per_block, |block, out| {
             let mut used = [0; ROWS];
-            each(&groups, out, tokens, |r, start, x| {
+            each(&groups, out, tokens, 1, |r, _, start, x| {
                 let row = block * ROWS + r;
                 used[r] = if start == 0 { 0 } else { used[r] };
                 let weights =
@@ -75,9 +81,13 @@ pub(super) fn apply<S: Simd>(
             let groups: Vec<_> = groups.map(|x| pieces(x, cols, Order::Natural)).collect();
             job.share_blocks(out, per_block, |block, out| {
                 let rows = SignRows::new(linear, simd, parts, block * ROWS, out.len() / tokens);
-                each(&groups, out, tokens, |r, start, x| {
-                    let row = rows.get(r).from(start / BLOCK, x.width);
-                    Ok(for_tokens!(x.tokens, T => filled(simd.dot_signs::<T>(row, x))))
+                each(&groups, out, tokens, TOGETHER, |r, count, start, x| {
+                    let row = |i: usize| rows.get(r + i).from(start / BLOCK, x.width);
+                    if count == TOGETHER {
+                        let rows: [Signs; TOGETHER] = array::from_fn(row);
+                        return Ok(filled(simd.dot_signs_of(rows, x)));
+                    }
+                    Ok(for_tokens!(x.tokens, T => filled(simd.dot_signs::<T>(row(0), x))))
                 })
             })
         }
@@ -85,7 +95,11 @@ pub(super) fn apply<S: Simd>(
             let groups: Vec<_> = groups.map(|x| vec![(0, Group::rounded(x, cols))]).collect();
             job.share_blocks(out, per_block, |block, out| {
                 let rows = SignRows::new(linear, simd, parts, block * ROWS, out.len() / tokens);
-                each(&groups, out, tokens, |r, _, x| {
+                each(&groups, out, tokens, TOGETHER, |r, count, _, x| {
+                    if count == TOGETHER {
+                        let rows: [Signs; TOGETHER] = array::from_fn(|i| rows.get(r + i));
+                        return Ok(filled(simd.dot_signs_int8_of(rows, x)));
+                    }
                     let row = rows.get(r);
                     Ok(for_tokens!(x.tokens, T => filled(simd.dot_signs_int8::<T>(row, x))))
                 })
@@ -128,19 +142,31 @@ fn pieces(x: &[f32], cols: usize, order: Order) -> Vec<(usize, Group<f32>)> {
     starts.map(|start| (start, piece(start))).collect()
 }
 
-/// Overwrites `out [rows of the block, tokens]` with the sums of `dot(row, first column, piece)`.
+/// Overwrites `out [rows of the block, tokens]` with the sums of `dot(row, rows, first column,
+/// piece)`: the products of `together` rows where there is a single token, else of one row.
 fn each<E>(
     groups: &[Vec<(usize, Group<E>)>],
     out: &mut [f32],
     tokens: usize,
-    mut dot: impl FnMut(usize, usize, &Group<E>) -> Result<Dots>,
+    together: usize,
+    mut dot: impl FnMut(usize, usize, usize, &Group<E>) -> Result<Dots>,
 ) -> Result<()> {
     out.fill(0.0);
     for (g, pieces) in groups.iter().enumerate() {
         for (start, x) in pieces {
+            if tokens == 1 {
+                let mut row = 0;
+                while row < out.len() {
+                    let count = if out.len() - row >= together { together } else { 1 };
+                    let dots = dot(row, count, *start, x)?;
+                    out[row..row + count].iter_mut().zip(dots).for_each(|(sum, dot)| *sum += dot);
+                    row += count;
+                }
+                continue;
+            }
             for (row, out) in out.chunks_mut(tokens).enumerate() {
                 let out = &mut out[g * GROUP..tokens.min((g + 1) * GROUP)];
-                let dots = dot(row, *start, x)?;
+                let dots = dot(row, 1, *start, x)?;
                 out.iter_mut().zip(dots).for_each(|(sum, dot)| *sum += dot);
             }
         }

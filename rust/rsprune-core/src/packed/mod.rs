@@ -12,6 +12,8 @@
 mod avx2;
 #[cfg(target_arch = "x86_64")]
 mod avx512;
+#[cfg(target_arch = "x86_64")]
+mod avx512_rows;
 mod few;
 mod input;
 mod many;
@@ -74,11 +76,21 @@ trait Simd: Copy + Sync {
     /// `sum_j w_j x_tj`.
     fn dot_signs<const T: usize>(self, row: Signs, x: &Group<f32>) -> [f32; T];
 
+    /// `dot_signs` of several rows with a single token.
+    fn dot_signs_of<const R: usize>(self, rows: [Signs; R], x: &Group<f32>) -> [f32; R] {
+        rows.map(|row| self.dot_signs::<1>(row, x)[0])
+    }
+
     /// Overwrites `out` with the weights of its columns, one block of them at most.
     fn expand_signs(self, row: Signs, out: &mut [f32]);
 
     /// `unit_t sum_j w_j x_tj`.
     fn dot_signs_int8<const T: usize>(self, row: Signs, x: &Group<i8>) -> [f32; T];
+
+    /// `dot_signs_int8` of several rows with a single token.
+    fn dot_signs_int8_of<const R: usize>(self, rows: [Signs; R], x: &Group<i8>) -> [f32; R] {
+        rows.map(|row| self.dot_signs_int8::<1>(row, x)[0])
+    }
 }
 
 #[derive(Clone, Copy)]
@@ -133,8 +145,8 @@ pub struct Linear {
 enum Kind {
     /// The first value of every row and the end of the last.
     Values { starts: Vec<usize> },
-    /// How positions are coded, and bytes of signs for 64 columns.
-    Signs { table: Option<Table>, step: usize },
+    /// How positions are coded, bytes of signs for 64 columns, and of signs and scales of a row.
+    Signs { table: Option<Table>, step: usize, widths: (usize, usize) },
 }
 
 impl Linear {
@@ -152,7 +164,12 @@ impl Linear {
             }
             Format::Bitmap(_) => Kind::Values { starts: vec![] },
             Format::Signs(groups) => {
-                Kind::Signs { table: Table::new(*groups), step: 8 * groups.keep / groups.of }
+                let [.., signs, scales] = nbytes[..] else { unreachable!("signs have both") };
+                Kind::Signs {
+                    table: Table::new(*groups),
+                    step: 8 * groups.keep / groups.of,
+                    widths: (signs / dense.rows, scales / dense.rows),
+                }
             }
             Format::Binary(_) | Format::Residual(_) | Format::RowColumn | Format::Uniform(_) => {
                 return Err(Error::Option(format!("packed format {format}: has no kernels")));
@@ -227,10 +244,10 @@ impl Linear {
 
     /// Signs and scales of a row, with its mask as `masks` holds it.
     fn signs<'a>(&self, parts: &[&'a [u8]], row: usize, mask: Option<&'a [u8]>) -> Signs<'a> {
-        let Kind::Signs { step, .. } = self.kind else { unreachable!("asked for by kind") };
+        let Kind::Signs { step, widths: (signs_width, scales_width), .. } = self.kind else {
+            unreachable!("asked for by kind")
+        };
         let [.., signs, scales] = *parts else { unreachable!("checked beside the layout") };
-        let (signs_width, scales_width) =
-            (signs.len() / self.dense.rows, scales.len() / self.dense.rows);
         Signs {
             mask,
             signs: &signs[row * signs_width..],
