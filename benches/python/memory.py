@@ -1,7 +1,9 @@
-"""Peak memory of a run, layer after layer, and beside it that of the usual way.
+r"""Peak memory of a run, layer after layer, and beside it that of the usual way.
 
     python benches/python/memory.py MODEL --calibration c4.jsonl --work DIR \
         --method wanda --memory 3GiB --samples 4 --seq-len 512 [--layers 2] [--usual]
+    python benches/python/memory.py --calibration c4.jsonl --work DIR --method fista-plus MODEL \
+        -- --iterations 1 --ignore '*_proj*'        # the model last, options of compress behind it
 
 The usual way is what scripts do: `from_pretrained`, Wanda layer after layer with hooks,
 `save_pretrained`. Every side is a process of its own, looked at from outside five times a second.
