@@ -23,11 +23,13 @@ class Pair:
     config: Config
 
 
-def pair_of(model: Path, folder: Path, documents: Path, pattern: str, method: str) -> Pair:
+def pair_of(
+    model: Path, folder: Path, documents: Path, pattern: str, method: str, bits: float | None = None
+) -> Pair:
     """Runs `method` twice, for `folder/dense` and `folder/packed`."""
     config = Config(
         calibration=str(documents), method=method, pattern=pattern, samples=6, seq_len=32,
-        heldout=0.34, threads=1,
+        heldout=0.34, threads=1, bits=bits,
     )  # fmt: skip
     packed = config.model_copy(update={"format": "packed"})
     compress(model, folder / "dense", config)

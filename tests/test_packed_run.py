@@ -13,6 +13,7 @@ import torch
 from packed_models import Pair, binarized, pair_of
 from safetensors.torch import load_file, save_file
 from tiny_models import ordinary, tensors_of, token_ids
+from transformers import AutoModelForCausalLM
 
 import rsprune
 from rsprune import methods
@@ -37,6 +38,14 @@ CASES = {
     "fused": ("phi3", "2:4", "magnitude"),
     "signs": ("llama", "3:4", "magnitude"),
 }
+CODED: dict[str, tuple[str, float | None, str]] = {
+    "pbs2p": ("6:8", None, "binary"),
+    "pbs2p-exact": ("2:4", 2.3, "residual|signs"),
+    "billm": ("2:4", None, "binary 8:8"),
+    "arb": ("2:4", None, "row-column"),
+    "gptq": ("2:4", 3, "uniform 3"),
+}
+"""Methods of codes -> pattern (the default, where they take none), bits, formats."""
 DOWN = "model.layers.1.mlp.down_proj"
 
 
@@ -197,6 +206,27 @@ def test_a_method_hands_over_its_own_parts(
     wrong.append(True)
     with pytest.raises(RspruneError, match=r"proj.weight: the packed form of the method \(keep-of"):
         compress(tiny("llama"), tmp_path / "other", config)
+
+
+@pytest.mark.parametrize("method", CODED)
+def test_codes_load_as_the_dense_run(
+    method: str, tiny: Callable[..., Path], documents: Path, tmp_path: Path
+) -> None:
+    pattern, bits, forms = CODED[method]
+    pair = pair_of(tiny("llama"), tmp_path, documents, pattern, method, bits)
+    found = {record["format"] for record in load_report(pair.packed).tensors}
+    assert found
+    assert all(re.match(forms, form) for form in found)
+    assert method != "pbs2p-exact" or any(form.startswith("residual") for form in found)
+    assert verify(pair.packed) == []
+    packed = AutoModelForCausalLM.from_pretrained(pair.packed, dtype=torch.float32).eval()
+    rsprune.set_compute(packed, "exact")
+    ids = token_ids(1, 8)
+    with torch.no_grad():
+        assert torch.equal(packed(ids).logits, ordinary(pair.dense)(ids).logits)
+    unpacked = rsprune.load(pair.packed, dequantize=True).state_dict()
+    for name, tensor in tensors_of(pair.dense).items():
+        assert torch.equal(unpacked[name], tensor)
 
 
 @pytest.mark.parametrize("case", ["keep-of", "signs"])
