@@ -249,7 +249,7 @@ def unreached(tiny: Tiny, documents: Path, tmp_path_factory: pytest.TempPathFact
     save_file(tensors, model / "model.safetensors", {"format": "pt"})
     options: dict[str, Any] = {"samples": 60, "seq_len": 32, "heldout": 0.34, "threads": 1}
     notes = Notes()
-    config = Config(calibration=str(documents), **options)
+    config = Config(calibration=str(documents), method="sparsegpt", **options)
     compress(model, out, config, progress=notes)
     assert [n for n in notes.lines if "layer 1/3" in n and "experts 2" in n and "magnitude" in n]
     return Run(model, out, config)

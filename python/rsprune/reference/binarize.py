@@ -137,24 +137,29 @@ def best_scale(wanted: Matrix, code: Matrix, metric: Matrix) -> float:
 def _row(
     wanted: Matrix, metric: Matrix, diagonal: Matrix, keep: int, of: int, stage: str
 ) -> tuple[float, Matrix]:
-    code = np.where(wanted < 0, -1.0, 1.0)
-    alpha = best_scale(wanted, code, metric)
+    alpha, code = _scaled(wanted, np.where(wanted < 0, -1.0, 1.0), metric)
     groups = [range(first, first + of) for first in range(0, len(code), of)]
     if stage in ("static", "compensated"):
         for group in groups:
             scores = [(abs(wanted[j] * diagonal[j]), j) for j in group]
             for _, j in sorted(scores)[: of - keep]:
                 code[j] = 0
-        return best_scale(wanted, code, metric), code
+        return _scaled(wanted, code, metric)
     for _ in range(keep, of):
         for group in groups:
             code[_least(wanted, code, metric, alpha, group)] = 0
-        alpha = best_scale(wanted, code, metric)
+        alpha, code = _scaled(wanted, code, metric)
     if stage == "search" and alpha > 0:
         for group in groups:
             code[group] = _best_code(wanted, code, metric, alpha, group, keep)
-        alpha = best_scale(wanted, code, metric)
+        alpha, code = _scaled(wanted, code, metric)
     return alpha, code
+
+
+def _scaled(wanted: Matrix, code: Matrix, metric: Matrix) -> tuple[float, Matrix]:
+    """The best scale, and the code; the opposite code where the scale would be below zero."""
+    alpha = best_scale(wanted, code, metric)
+    return (-alpha, -code) if alpha < 0 else (alpha, code)
 
 
 def _objective(wanted: Matrix, code: Matrix, metric: Matrix, alpha: float) -> float:

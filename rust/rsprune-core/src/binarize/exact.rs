@@ -178,13 +178,17 @@ impl<'a> Row<'a> {
         }
     }
 
-    /// The best scale of the present code.
+    /// The best scale of the present code; where it is below zero that of the opposite code.
     #[inline]
     fn refit(&mut self) {
         let w = self.shared.width;
         let (pull, energy) =
             (dot(&self.pull[..w], &self.c[..w]), dot(&self.push[..w], &self.c[..w]));
         self.alpha = if energy > 0.0 { (pull / energy) as f32 } else { 0.0 };
+        if self.alpha < 0.0 {
+            self.alpha = -self.alpha;
+            self.c.iter_mut().chain(&mut self.push).for_each(|v| *v = -*v);
+        }
     }
 
     /// Keeps in every group what is largest by `(w R_jj)^2`, the published second-order score.
