@@ -221,7 +221,7 @@ class _Run:
         loss.backward()
         nn.utils.clip_grad_norm_(self.leaves.values(), 1.0)
         self.adam.step()
-        return float(loss)
+        return float(loss.detach())
 
     def _batch(self, step: int) -> Tensor:
         """Windows of a step; every pass over the text has an order of its own."""
