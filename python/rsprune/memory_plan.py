@@ -141,8 +141,7 @@ def _activation_bytes(window: int, width: int, inputs: Inputs, config: Config) -
 
     Beside the inputs of both paths there is their blend, and the scaled copies of what is clipped.
     """
-    corrected = inputs.target == "dense" and (inputs.true_sequential or inputs.propagate == "model")
-    copies = 2 * corrected + (inputs.clip_tokens > 0) * (1 + corrected)
+    copies = 2 * inputs.corrected + (inputs.clip_tokens > 0) * (1 + inputs.corrected)
     return window * 6 + config.seq_len * width * 4 * (4 + copies)
 
 
@@ -209,8 +208,7 @@ def _budget_bytes(skeleton: Skeleton, operators: Sequence[Operator], config: Con
 def _gram_bytes(structure: LayerStructure, inputs: Inputs, config: Config) -> int:
     """Sums that are held at the same time: those of the stage that needs most."""
     kinds = 2 if config.heldout > 0 else 1
-    drifts = inputs.true_sequential or inputs.propagate == "model"
-    squares = 2.0 if inputs.target == "dense" and drifts else 0.5  # two halves and a whole, or one
+    squares = 2.0 if inputs.corrected else 0.5  # two halves and a whole, or one
     return max(
         sum(int(g.width * (g.width + GRAM_BLOCK) * squares) for g in stage.groups)
         for stage in structure.stages(sequential=inputs.true_sequential)

@@ -51,6 +51,11 @@ class Inputs:
         """Whether the dense layer must run, beside or instead of the compressed one."""
         return self.propagate == "layer" or self.target == "dense"
 
+    @property
+    def corrected(self) -> bool:
+        """Whether sums compare inputs that have drifted with those of the dense model."""
+        return self.target == "dense" and (self.true_sequential or self.propagate == "model")
+
 
 BLENDED = Inputs(
     propagate="model", target="dense", true_sequential=True, correction=0.25, clip_tokens=3.0

@@ -140,12 +140,12 @@ fn scale(alpha: f32, float: Float) -> f32 {
 pub(super) struct Row<'a> {
     shared: &'a Shared,
     /// `T G`.
-    pub pull: [f32; SCALE_COLUMNS],
+    pull: [f32; SCALE_COLUMNS],
     /// `c`.
     pub c: [f32; SCALE_COLUMNS],
     /// `c G`.
-    pub push: [f32; SCALE_COLUMNS],
-    pub alpha: f32,
+    push: [f32; SCALE_COLUMNS],
+    alpha: f32,
 }
 
 impl<'a> Row<'a> {

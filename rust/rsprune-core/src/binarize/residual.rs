@@ -92,7 +92,6 @@ impl Solver {
                 target.iter().enumerate().map(|(j, t)| t - now.at(1 - plane, j)).collect();
             let row = self.plane(&shared[plane], &left, plane);
             now.codes[plane] = row.c.map(|c| c as i8);
-            now.scales[plane] = row.alpha;
             let loss = now.refit(&shared[0], target);
             if loss < best.0 {
                 best = (loss, now.clone());
