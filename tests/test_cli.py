@@ -109,6 +109,7 @@ def test_every_option_arrives(monkeypatch: pytest.MonkeyPatch, compressed: dict[
     text = """--method fista --pattern 4:8 --scope matrix --ignore a* --ignore b --calibration c.txt
         --calibration-field body --samples 7 --seq-len 64 --heldout 0.25 --seed 3 --memory 2GiB
         --propagate model --target own --no-true-sequential --damping 0.5 --warm-start wanda
+        --max-rounds 5 --polish-steps 8
         --iterations 9 --xi 0.2 --patience 2 --lambda-start 0.5 --device auto --threads 1
         --trust-remote-code --correction 0.5 --clip-tokens 3.5 --refit --search
         --rho-schedule published --budget 99 --bits 2.5 --format packed

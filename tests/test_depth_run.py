@@ -70,6 +70,27 @@ def test_what_cannot_be_removed_is_refused(options: dict[str, Any], message: str
         parse_removal(Config.create(**options), 30)
 
 
+def test_given_layers_go_whatever_is_protected():
+    removal = parse_removal(Config.create(method="given", remove="17, 0,29"), 30)
+    assert (removal.count, removal.candidates) == (3, [0, 17, 29])
+
+
+@pytest.mark.parametrize(
+    ("method", "remove", "message"),
+    [
+        ("given", None, r"with --method given, expected layers such as 17,18,16 .* found ''"),
+        ("given", "20%", "expected layers such as 17,18,16 .* found '20%'"),
+        ("given", "3,4,3", "layer 3 is named twice in 3,4,3"),
+        ("given", "3,30", "expected layers from 0 to 29, found 30"),
+        ("given", ",".join(map(str, range(30))), "all of the 30 layers are named"),
+        ("pip", "3,4", "share such as 20%, found '3,4'"),
+    ],
+)
+def test_lists_of_layers_are_read_with_care(method: str, remove: str | None, message: str):
+    with pytest.raises(UsageError, match=message):
+        parse_removal(Config.create(method=method, remove=remove), 30)
+
+
 @pytest.mark.parametrize("protect", ["4", "a,b", "-1,2", "1,2,3"])
 def test_protect_is_two_counts(protect: str):
     with pytest.raises(UsageError, match="option protect"):
@@ -103,6 +124,17 @@ def test_spans_end_where_the_next_layer_stays():
     assert spans([0, 1, 4, 5], 8) == {1: 3, 5: 7}
     assert spans([2, 3], 4) == {}  # nothing before a span at the start
     assert spans([0, 1, 2], 3) == {}
+
+
+def test_layers_that_are_named_go(tiny: Callable[..., Path], text: Path, tmp_path: Path):
+    dense, out = tiny("llama"), tmp_path / "out"
+    compress(dense, out, config_of(text, "given", remove="2,0", fold=False))
+    report = load_report(out)
+    assert [record["removed"] for record in report.removals] == [2, 0]
+    assert [layer["dense_layer"] for layer in report.layers] == [1, *range(3, LAYERS)]
+    before, after = tensors_of(dense), tensors_of(out)
+    name = "model.layers.{}.self_attn.q_proj.weight"
+    assert torch.equal(after[name.format(0)], before[name.format(1)])
 
 
 @settings(max_examples=20, deadline=None)

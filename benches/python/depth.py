@@ -7,6 +7,9 @@ Sets: `table` (every method at 10, 20 and 30 %), `seeds` (the leaders and their 
 three seeds), `speed` (the streamed backward pass against one in memory). Runs go through the
 command line, are kept in DIR/results.jsonl and not repeated; what every pruned model writes on to a
 prompt is kept with them.
+
+A method's order of removals for 30 % begins with those for 20 % and for 10 %, so layers are scored
+once for 30 %, and the smaller shares and folds are runs of the method `given`.
 """
 
 from __future__ import annotations
@@ -25,43 +28,54 @@ from runs import command, parser, run_all
 Run = dict[str, Any]
 PROMPT = "The first thing that a visitor to the old town sees is"
 KINDS: dict[str, list[str]] = {
-    "random": ["--method", "random", "--no-fold"],
-    "bi": ["--method", "bi", "--no-fold"],
-    "taylor": ["--method", "taylor", "--no-fold"],
-    "perplexity": ["--method", "perplexity", "--no-fold"],
-    "perplexity-greedy": ["--method", "perplexity-greedy", "--no-fold"],
-    "pip l1": ["--method", "pip", "--pip-norm", "l1", "--no-fold"],
-    "pip l2": ["--method", "pip", "--pip-norm", "l2", "--no-fold"],
-    "pip taylor": ["--method", "pip", "--no-fold"],
-    "pip taylor, unprotected": ["--method", "pip", "--protect", "0,0", "--no-fold"],
-    "pip taylor + fold": ["--method", "pip"],
+    "random": ["--method", "random"],
+    "bi": ["--method", "bi"],
+    "taylor": ["--method", "taylor"],
+    "perplexity": ["--method", "perplexity"],
+    "perplexity-greedy": ["--method", "perplexity-greedy"],
+    "pip l1": ["--method", "pip", "--pip-norm", "l1"],
+    "pip l2": ["--method", "pip", "--pip-norm", "l2"],
+    "pip taylor": ["--method", "pip"],
+    "pip taylor, unprotected": ["--method", "pip", "--protect", "0,0"],
 }
-RIVALS = ("random", "bi", "perplexity", "pip taylor", "pip taylor + fold")
+FOLDED = ("bi", "pip taylor")
+RIVALS = ("random", "bi", "perplexity", "pip taylor")
+SHARES = ("10%", "20%", "30%")
+
+
+def scored(kind: str, seed: int, share: str) -> Run:
+    """Scores layers and removes them."""
+    words = [*KINDS[kind], "--remove", share, "--no-fold", "--seed", str(seed)]
+    return {"name": f"{kind} {share} seed {seed}", "words": words}
+
+
+def again(kind: str, seed: int, of: str, share: str, fold: bool) -> Run:
+    """The first of the layers that `scored(kind, seed, of)` removed."""
+    name = f"{kind} + fold {share} seed {seed}" if fold else f"{kind} {share} seed {seed}"
+    words = ["--method", "given", "--fold" if fold else "--no-fold", "--seed", str(seed)]
+    part = float(share[:-1]) / float(of[:-1])
+    return {"name": name, "words": words, "order": f"{kind} {of} seed {seed}", "part": part}
 
 
 def table() -> list[Run]:
     """Every method at three shares."""
-    return [
-        {"name": f"{kind} {share}", "words": [*words, "--remove", share]}
-        for share in ("10%", "20%", "30%")
-        for kind, words in KINDS.items()
-    ]
+    runs = [scored(kind, 0, "30%") for kind in KINDS]
+    runs += [again(kind, 0, "30%", share, False) for kind in KINDS for share in ("10%", "20%")]
+    return runs + [again(kind, 0, "30%", share, True) for kind in FOLDED for share in SHARES]
 
 
 def seeds() -> list[Run]:
     """Other texts; seed 0 is in the table."""
-    return [
-        {"name": f"{kind} 20% seed {seed}",
-         "words": [*KINDS[kind], "--remove", "20%", "--seed", str(seed)]}
-        for seed in (1, 2) for kind in RIVALS
-    ]  # fmt: skip
+    runs = [scored(kind, seed, "20%") for seed in (1, 2) for kind in RIVALS]
+    return runs + [again(k, seed, "20%", "20%", True) for seed in (1, 2) for k in FOLDED]
 
 
 def measure(run: Run, args: argparse.Namespace) -> dict[str, Any]:
     """Removes layers, evaluates, and lets the result write on."""
     out = args.work / run["name"].replace(" ", "-").replace("%", "")
     threads = ["--threads", args.threads] if args.threads else []
-    words = [*run["words"], "--samples", args.samples, "--calibration", args.calibration]
+    given = ["--remove", removals(run, args.work)] if "order" in run else []
+    words = [*run["words"], *given, "--samples", args.samples, "--calibration", args.calibration]
     compressed = command("compress", args.model, out, "--overwrite", *words, *threads)
     lines = (out / "rsprune-report.jsonl").read_text().splitlines()
     records = [json.loads(line) for line in lines]
@@ -78,6 +92,13 @@ def measure(run: Run, args: argparse.Namespace) -> dict[str, Any]:
     }
     shutil.rmtree(out)
     return record
+
+
+def removals(run: Run, work: Path) -> str:
+    """The first layers that an earlier run removed, as `given` takes them."""
+    results = [json.loads(line) for line in (work / "results.jsonl").read_text().splitlines()]
+    (order,) = [result["removed"] for result in results if result["name"] == run["order"]]
+    return ",".join(map(str, order[: round(run["part"] * len(order))]))
 
 
 def sample(folder: Path) -> str:

@@ -22,13 +22,12 @@ RECOVERED = ["--recover"]
 
 def run(name: str, share: str, extra: list[str], method: str = "flexigpt") -> Run:
     words = ["--remove", share, *extra]
-    return {"name": f"{name} {share}", "method": method, "pattern": None, "samples": 32,
-            "windows": None, "extra": words}  # fmt: skip
+    return {"name": f"{name} {share}", "method": method, "pattern": None, "extra": words}
 
 
 def main_runs() -> list[Run]:
     """The rows of the table."""
-    runs: list[Run] = [{"name": "dense", "method": None, "samples": 0, "windows": None}]
+    runs: list[Run] = [{"name": "dense", "method": None}]
     for share in SHARES:
         runs += [
             run("deletion", share, ["--no-fold"], method="bi"),
@@ -62,8 +61,11 @@ SETS = {"main": main_runs, "options": options, "seeds": seeds}
 def main() -> None:
     arguments = parser(__doc__)
     arguments.add_argument("--set", nargs="+", choices=SETS, default=["main"])
+    arguments.add_argument("--samples", type=int, default=32)
+    arguments.add_argument("--windows", type=int, help="of the test text; the default is all")
     args = arguments.parse_args()
-    run_all([each for name in args.set for each in SETS[name]()], args)
+    common = {"samples": args.samples, "windows": args.windows}
+    run_all([{**each, **common} for name in args.set for each in SETS[name]()], args)
 
 
 if __name__ == "__main__":

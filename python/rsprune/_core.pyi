@@ -125,6 +125,7 @@ def fista(
     patience: int,
     lambda_start: float,
     damping: float,
+    max_rounds: int = 40,
     threads: int | None = None,
 ) -> _Pruned: ...
 def fista_plus(
@@ -135,6 +136,8 @@ def fista_plus(
     patience: int,
     lambda_start: float,
     floor: bool,
+    max_rounds: int = 12,
+    polish_steps: int = 20,
     threads: int | None = None,
 ) -> _Pruned: ...
 def admm(
@@ -147,6 +150,7 @@ def polish(
     *,
     refit: bool,
     search: bool,
+    steps: int = 20,
     threads: int | None = None,
 ) -> _Pruned: ...
 def pbs2p_exact(

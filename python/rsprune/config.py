@@ -71,6 +71,8 @@ class Config(BaseModel):
     """Whether kept weights are solved again after the method, guarded by held-out error."""
     search: bool = False
     """Whether a local search over the mask follows the method, guarded by held-out error."""
+    polish_steps: int = Field(default=20, ge=1)
+    """Conjugate gradient steps of a refit; a local search has a quarter as many sweeps."""
 
     damping: float = Field(default=0.01, ge=0.0, le=1.0)
     """SparseGPT, ADMM, binary methods: added to the Gram's diagonal, relative to its mean."""
@@ -86,12 +88,15 @@ class Config(BaseModel):
     """FISTA: largest share of the error that rounding may cause before lambda rises."""
     patience: int = Field(default=3, ge=1)
     """FISTA: rounds without a gain after which it stops."""
+    max_rounds: int | None = Field(default=None, ge=1)
+    """FISTA: most rounds; by default 40, FISTA-plus 12."""
 
     lambda_start: float | None = Field(default=None, gt=0.0)
     """FISTA: first lambda, in units of the mean squared input times the weights' rms."""
 
     remove: str | None = None
-    """Depth pruning: how many decoder layers go, as a number or a share such as `20%`."""
+    """Depth pruning: how many decoder layers go, as a number or a share such as `20%`; with the
+    method `given`, which ones, as `17,18,16`."""
     protect: tuple[int, int] = (4, 2)
     """Depth pruning: how many layers at the start and at the end stay."""
     fold: bool = True

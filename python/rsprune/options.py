@@ -31,7 +31,7 @@ def run_options(
         Option(
             help="best, admm, fista-plus, fista, sparsegpt, wanda, magnitude; pbs2p-exact, pbs2p, "
             "billm, arb, gptq; whole layers: flexigpt, pip, bi, taylor, perplexity, "
-            "perplexity-greedy, random."
+            "perplexity-greedy, random, given."
         ),
     ] = None,
     pattern: Annotated[Text, Option(help="keep:of (2:4, 4:8, ...) or a sparsity (50%).")] = None,
@@ -69,6 +69,9 @@ def run_options(
     ] = None,
     refit: Annotated[bool | None, Option(help="Solve kept weights again afterwards.")] = None,
     search: Annotated[bool | None, Option(help="Search better masks afterwards.")] = None,
+    polish_steps: Annotated[
+        Number, Option(help="Refit, search, fista-plus: steps on the final mask.")
+    ] = None,
     damping: Annotated[Fraction, Option(help="SparseGPT, ADMM, codes: relative.")] = None,
     rho_schedule: Annotated[Text, Option(help="ADMM: published or slow.")] = None,
     budget: Annotated[Number, Option(help="Best: products with the Gram an operator.")] = None,
@@ -76,10 +79,13 @@ def run_options(
     iterations: Annotated[Number, Option(help="FISTA: iterations a round.")] = None,
     xi: Annotated[Fraction, Option(help="FISTA: rounding's share that raises lambda.")] = None,
     patience: Annotated[Number, Option(help="FISTA: rounds without gain until it stops.")] = None,
+    max_rounds: Annotated[Number, Option(help="FISTA: most rounds.")] = None,
     lambda_start: Annotated[
         Fraction, Option(help="FISTA: first lambda, in relative units.")
     ] = None,
-    remove: Annotated[Text, Option(help="Depth: layers that go, a number or 20%.")] = None,
+    remove: Annotated[
+        Text, Option(help="Depth: how many layers go, a number or 20%; given: which, as 17,18.")
+    ] = None,
     protect: Annotated[Text, Option(help="Depth: layers that stay at both ends, as 4,2.")] = None,
     fold: Annotated[
         bool | None, Option(help="Depth: fold the removed layers' linear map into the last one.")

@@ -16,6 +16,7 @@ METHODS = {
     "iterations": ("fista", "fista-plus"),
     "xi": ("fista", "fista-plus"),
     "patience": ("fista", "fista-plus"),
+    "max_rounds": ("fista", "fista-plus"),
     "lambda_start": ("fista", "fista-plus"),
 }
 """Option -> the methods that read it."""
@@ -50,6 +51,8 @@ def unused_options(config: Config, inputs: Inputs) -> Iterator[str]:
         idle["permute"] = f"changes nothing for a ratio such as {config.pattern}"
     else:
         idle["scope"] = f"is for ratios, not for {config.pattern}"
+    if not (config.refit or config.search or config.method == "fista-plus"):
+        idle["polish_steps"] = "needs refit, search or fista-plus"
     if inputs.target == "own":
         idle["correction"] = "is for target dense, not for own"
     if not config.tune_block:

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from rsprune.config import Config
-from rsprune.depth.scores import DepthMethod, Scores, Scoring
+from rsprune.depth.scores import DepthMethod, Scores, Scoring, listed_layers
 from rsprune.errors import UsageError
 
 
@@ -47,6 +47,8 @@ def parse_removal(config: Config, layers: int) -> Removal:
         UsageError: `remove` is missing or no number, or asks for more than may go.
     """
     text = config.remove
+    if config.method == "given":
+        return _listed(listed_layers(config), layers)
     if text is None:
         raise UsageError("option remove: expected a number of layers or a share such as 20%")
     if match := re.fullmatch(r"\s*([0-9]+(?:\.[0-9]+)?)\s*%\s*", text):
@@ -69,6 +71,17 @@ def parse_removal(config: Config, layers: int) -> Removal:
             f"{count}"
         )
     return removal
+
+
+def _listed(listed: list[int], layers: int) -> Removal:
+    """Exactly these layers go: all others are protected."""
+    if max(listed) >= layers:
+        raise UsageError(
+            f"option remove: expected layers from 0 to {layers - 1}, found {max(listed)}"
+        )
+    if len(listed) == layers:
+        raise UsageError(f"option remove: all of the {layers} layers are named")
+    return Removal(len(listed), frozenset(range(layers)) - frozenset(listed), layers)
 
 
 def choose(

@@ -5,6 +5,7 @@
     taylor      sum |w g| on the plain view
     bi          1 - cos(h_in, h_out), mean over tokens
     perplexity  loss of the model without the layer
+    given       place in a list of layers that the user names
 
 Sums go over all parameters of a layer. Sources: PIP (arXiv 2501.15278; the two views, iterated
 removal and gradient differences are published, the norm is not), block influence (ShortGPT, arXiv
@@ -14,6 +15,7 @@ removal and gradient differences are published, the norm is not), block influenc
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -34,6 +36,7 @@ from rsprune.depth.gradients import (
 from rsprune.depth.losses import losses_without
 from rsprune.depth.views import Texts
 from rsprune.depth.walk import Walk
+from rsprune.errors import UsageError
 from rsprune.windows import Windows
 
 Scores = dict[int, float]
@@ -94,6 +97,29 @@ def random(scoring: Scoring, kept: list[int], candidates: list[int], iteration: 
                     strict=True))  # fmt: skip
 
 
+def given(scoring: Scoring, kept: list[int], candidates: list[int], iteration: int) -> Scores:
+    """Places in the list of layers that the user names."""
+    return {index: float(place) for place, index in enumerate(listed_layers(scoring.config))}
+
+
+def listed_layers(config: Config) -> list[int]:
+    """Layers that `remove` names one by one, in its order.
+
+    Raises:
+        UsageError: it names none, or one twice.
+    """
+    text = config.remove or ""
+    if not re.fullmatch(r"\s*[0-9]+(\s*,\s*[0-9]+)*\s*", text):
+        raise UsageError(
+            "option remove: with --method given, expected layers such as 17,18,16 (the first layer "
+            f"is 0), found {text!r}"
+        )
+    listed = [int(number) for number in text.split(",")]
+    if twice := [number for number in listed if listed.count(number) > 1]:
+        raise UsageError(f"option remove: layer {twice[0]} is named twice in {text}")
+    return listed
+
+
 @dataclass(frozen=True)
 class DepthMethod:
     """A metric, and whether it is asked again after every layer that goes."""
@@ -111,6 +137,7 @@ METHODS = {
     "perplexity": DepthMethod(perplexity, iterated=False),
     "perplexity-greedy": DepthMethod(perplexity, iterated=True),
     "random": DepthMethod(random, iterated=False),
+    "given": DepthMethod(given, iterated=False),
     "flexigpt": DepthMethod(bi, iterated=False),
 }
 """Name that `--method` takes -> what it does."""

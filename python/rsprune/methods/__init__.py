@@ -49,7 +49,8 @@ _ALL: tuple[Method, ...] = (
 )  # fmt: skip
 _METHODS = {method.name: method for method in _ALL}
 
-DEPTH = ("pip", "bi", "taylor", "perplexity", "perplexity-greedy", "random", "flexigpt")
+DEPTH = ("pip", "bi", "taylor", "perplexity", "perplexity-greedy", "random", "given",
+         "flexigpt")  # fmt: skip
 """Methods that remove whole decoder layers: they solve nothing, and live in `rsprune.depth`
 and, where something stands in for a layer, in `rsprune.flexi`."""
 

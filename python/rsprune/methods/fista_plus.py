@@ -18,6 +18,8 @@ from rsprune.methods.base import BLENDED, Operator, Pruned, Workspace
 LAMBDA_START = 0.05
 """In units of the scaled weights' rms."""
 
+MAX_ROUNDS = 12
+
 
 class FistaPlus:
     """The convex method with scaling, restarts and refits."""
@@ -34,7 +36,9 @@ class FistaPlus:
 
     def products(self, config: Config) -> float:
         """See `Method.products`."""
-        return 28.0 * config.iterations + 200
+        rounds = config.max_rounds or MAX_ROUNDS
+        published = min(rounds, 16) * min(config.iterations, 20)
+        return float(rounds * (config.iterations + 9) + published + 7 * config.polish_steps)
 
     def solve(
         self, operator: Operator, config: Config, *, model_type: str, threads: int | None
@@ -46,6 +50,8 @@ class FistaPlus:
                 iterations=config.iterations,
                 xi=config.xi,
                 patience=config.patience,
+                max_rounds=config.max_rounds or MAX_ROUNDS,
+                polish_steps=config.polish_steps,
                 lambda_start=config.lambda_start or LAMBDA_START,
                 floor=True,
                 threads=threads,

@@ -19,7 +19,12 @@ def polish(operator: Operator, pruned: Pruned, config: Config, *, threads: int |
         return pruned
     weight, before, _ = pruned
     polished, after = _core.polish(
-        operator, weight, refit=config.refit, search=config.search, threads=threads
+        operator,
+        weight,
+        refit=config.refit,
+        search=config.search,
+        steps=config.polish_steps,
+        threads=threads,
     )
     own = {key: before[key] for key in ("lambda", "rounds", "iterations", "converged")}
     return Pruned(polished, {**before, **after, **own})

@@ -154,7 +154,7 @@ fn sparsegpt<'py>(
 
 /// l1 relaxation by FISTA, rounded, lambda adapted.
 #[pyfunction]
-#[pyo3(signature = (operator, *, warm_start, iterations, xi, patience, lambda_start, damping, threads = None))]
+#[pyo3(signature = (operator, *, warm_start, iterations, xi, patience, lambda_start, damping, max_rounds = 40, threads = None))]
 #[allow(clippy::too_many_arguments)] // the method's published constants, by keyword
 fn fista<'py>(
     py: Python<'py>,
@@ -165,6 +165,7 @@ fn fista<'py>(
     patience: usize,
     lambda_start: f64,
     damping: f64,
+    max_rounds: usize,
     threads: Option<usize>,
 ) -> PyResult<Pruned<'py>> {
     let warm_start = match warm_start {
@@ -176,22 +177,15 @@ fn fista<'py>(
         }
     };
     let lambda = lambda_start;
-    let options = FistaOptions {
-        iterations,
-        xi,
-        patience,
-        lambda,
-        damping,
-        warm_start,
-        ..FistaOptions::default()
-    };
+    let options =
+        FistaOptions { iterations, xi, patience, max_rounds, lambda, damping, warm_start };
     solve_with(py, &operator, threads, |job, task| solve::fista(job, task, &options))
 }
 
 /// FISTA in scaled variables with restarts, refits and a held-out choice; with `floor` the published
-/// method is run as well, and the result is never worse than its.
+/// method is run as well, under the same caps, and the result is never worse than its.
 #[pyfunction]
-#[pyo3(signature = (operator, *, iterations, xi, patience, lambda_start, floor, threads = None))]
+#[pyo3(signature = (operator, *, iterations, xi, patience, lambda_start, floor, max_rounds = 12, polish_steps = 20, threads = None))]
 #[allow(clippy::too_many_arguments)] // the method's constants, by keyword
 fn fista_plus<'py>(
     py: Python<'py>,
@@ -201,14 +195,24 @@ fn fista_plus<'py>(
     patience: usize,
     lambda_start: f64,
     floor: bool,
+    max_rounds: usize,
+    polish_steps: usize,
     threads: Option<usize>,
 ) -> PyResult<Pruned<'py>> {
+    let published = FistaOptions::default();
+    let published = FistaOptions {
+        iterations: iterations.min(published.iterations),
+        max_rounds: max_rounds.min(published.max_rounds),
+        ..published
+    };
     let options = FistaPlusOptions {
-        floor: floor.then(FistaOptions::default),
+        floor: floor.then_some(published),
         iterations,
         xi,
         patience,
+        max_rounds,
         lambda: lambda_start,
+        polish: PolishOptions::of(polish_steps),
         ..FistaPlusOptions::default()
     };
     solve_with(py, &operator, threads, |job, task| solve::fista_plus(job, task, &options))
@@ -243,13 +247,14 @@ fn best<'py>(
 
 /// Refit and local search from `values [m, n]` (as they are stored), guarded by held-out error.
 #[pyfunction]
-#[pyo3(signature = (operator, values, *, refit, search, threads = None))]
+#[pyo3(signature = (operator, values, *, refit, search, steps = 20, threads = None))]
 fn polish<'py>(
     py: Python<'py>,
     operator: Operator<'py>,
     values: &Bound<'py, PyAny>,
     refit: bool,
     search: bool,
+    steps: usize,
     threads: Option<usize>,
 ) -> PyResult<Pruned<'py>> {
     let (values, weight) = (
@@ -262,7 +267,7 @@ fn polish<'py>(
         return Err(PyValueError::new_err(message));
     }
     let values = values.widen(operator.room())?;
-    let options = PolishOptions { refit, search, ..PolishOptions::default() };
+    let options = PolishOptions { refit, search, ..PolishOptions::of(steps) };
     solve_with(py, &operator, threads, |job, task| solve::polish(job, task, values, &options))
 }
 

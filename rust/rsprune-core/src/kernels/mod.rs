@@ -14,12 +14,17 @@ mod x86_64;
 
 use crate::error::{Error, Result};
 
-/// Adds `k` outer products to a tile: `(k, a_packed, b_packed, c, row_stride_of_c)`.
+/// Values that a tile asks for with every one of its `k` steps: a cache line every four. Spread out,
+/// because a burst of requests before the loop held up the loads of its first quarter.
+pub const ASKED_A_STEP: usize = 4;
+
+/// Adds `k` outer products to a tile: `(k, a_packed, b_packed, c, row_stride_of_c, next)`, and asks
+/// for `ASKED_A_STEP * k` values from `next` on to be brought into the second-level cache.
 ///
 /// # Safety
 /// `a` holds `k * mr` values, `b` holds `k * nr`, and `c` points at `mr` rows of `nr` values
 /// that lie `stride` apart; the CPU has the features of the kernel.
-pub type TileFn = unsafe fn(usize, *const f32, *const f32, *mut f32, usize);
+pub type TileFn = unsafe fn(usize, *const f32, *const f32, *mut f32, usize, *const f32);
 
 /// Writes `mr` rows as `k` columns of `mr` values: `(k, rows, row_stride, out)`.
 ///
@@ -104,28 +109,22 @@ impl Kernel {
         unsafe { (self.panel)(k, rows.as_ptr(), stride, panel.as_mut_ptr()) }
     }
 
-    /// `C[0..mr, 0..nr] += A B` on packed panels; `c` starts at the tile's corner.
+    /// `C[0..mr, 0..nr] += A B` on packed panels; `c` starts at the tile's corner. `next` will be wanted
+    /// soon (its first `ASKED_A_STEP * k` values); only a hint.
     #[allow(unsafe_code)] // lengths are checked here, CPU features when the kernel was listed
-    pub fn tile(&self, k: usize, a: &[f32], b: &[f32], c: &mut [f32], stride: usize) {
+    pub fn tile(
+        &self,
+        k: usize,
+        (a, b): (&[f32], &[f32]),
+        c: &mut [f32],
+        stride: usize,
+        next: &[f32],
+    ) {
         assert!(a.len() >= k * self.mr && b.len() >= k * self.nr && stride >= self.nr);
         assert!(c.len() >= (self.mr - 1) * stride + self.nr);
         // SAFETY: the two assertions are the contract of `TileFn`.
-        unsafe { (self.tile)(k, a.as_ptr(), b.as_ptr(), c.as_mut_ptr(), stride) }
+        unsafe { (self.tile)(k, a.as_ptr(), b.as_ptr(), c.as_mut_ptr(), stride, next.as_ptr()) }
     }
-}
-
-/// Asks for `data` to be brought into the second-level cache; only a hint.
-#[inline]
-#[allow(unsafe_code)] // a prefetch touches no memory that the program can see
-pub fn prefetch(data: &[f32]) {
-    #[cfg(target_arch = "x86_64")]
-    for line in data.chunks(16) {
-        use std::arch::x86_64::{_MM_HINT_T1, _mm_prefetch};
-        // SAFETY: any address may be prefetched.
-        unsafe { _mm_prefetch::<_MM_HINT_T1>(line.as_ptr().cast()) }
-    }
-    #[cfg(not(target_arch = "x86_64"))]
-    let _ = data;
 }
 
 #[cfg(test)]
@@ -161,7 +160,7 @@ mod tests {
                 let stride = kernel.nr + pad;
                 let mut c: Vec<f32> = (0..kernel.mr * stride).map(|i| value(i + 31)).collect();
                 let start = c.clone();
-                kernel.tile(k, &a, &b, &mut c, stride);
+                kernel.tile(k, (&a, &b), &mut c, stride, &[]);
                 for r in 0..kernel.mr {
                     for j in 0..stride {
                         let mut sum = f64::from(start[r * stride + j]);

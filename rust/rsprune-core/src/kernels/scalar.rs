@@ -31,7 +31,14 @@ pub(super) unsafe fn panel<const MR: usize>(
 }
 
 #[allow(unsafe_code)] // the signature of TileFn
-unsafe fn tile(k: usize, a: *const f32, b: *const f32, c: *mut f32, stride: usize) {
+unsafe fn tile(
+    k: usize,
+    a: *const f32,
+    b: *const f32,
+    c: *mut f32,
+    stride: usize,
+    _next: *const f32,
+) {
     // SAFETY: the caller keeps the contract of `TileFn`.
     let (a, b) =
         unsafe { (std::slice::from_raw_parts(a, k * MR), std::slice::from_raw_parts(b, k * NR)) };

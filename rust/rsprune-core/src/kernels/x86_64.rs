@@ -97,7 +97,14 @@ macro_rules! tile {
     ($name:ident, $features:literal, $mr:literal, $lanes:literal, $zero:ident, $load:ident,
      $store:ident, $set:ident, $fma:ident, $add:ident) => {
         #[target_feature(enable = $features)]
-        unsafe fn $name(k: usize, a: *const f32, b: *const f32, c: *mut f32, stride: usize) {
+        unsafe fn $name(
+            k: usize,
+            a: *const f32,
+            b: *const f32,
+            c: *mut f32,
+            stride: usize,
+            next: *const f32,
+        ) {
             // SAFETY: the caller keeps the contract of `TileFn`.
             unsafe {
                 // C is wanted only after the loop: ask for it before.
@@ -107,6 +114,9 @@ macro_rules! tile {
                 }
                 let mut sum = [[$zero(); 2]; $mr];
                 for p in 0..k {
+                    if p % 4 == 0 {
+                        _mm_prefetch::<_MM_HINT_T1>(next.wrapping_add(p * 4).cast());
+                    }
                     let b0 = $load(b.add(p * 2 * $lanes));
                     let b1 = $load(b.add(p * 2 * $lanes + $lanes));
                     for r in 0..$mr {

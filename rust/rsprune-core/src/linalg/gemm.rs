@@ -3,18 +3,21 @@
 //! ```text
 //! for k-chunk: pack A; for each nr panel of B: for each mr panel of A: tile
 //! ```
-//! A panel of B (256 x 32 floats) stays in L1, the packed block of A in L2. Every element is
+//! A panel of A stays in L1, the packed block of A and a panel of B in L2. Every element is
 //! summed over k in one order, whatever its place in a tile, so row blocks change no bit.
 
 use super::pack::{PackedB, Scratch};
-use crate::kernels::{Kernel, prefetch};
+use crate::kernels::{ASKED_A_STEP, Kernel};
 use std::ops::Range;
 
 /// Rows that one worker carries through all its iterations: 7 tiles of the widest kernel, so that
 /// its state stays in L2 and a key projection of 192 rows still feeds two workers.
 pub const ROW_BLOCK: usize = 98;
 
-pub(super) const K_CHUNK: usize = 256;
+/// Columns of A that are packed at a time. With 768 a panel of A (14 x 768 floats) stays in L1 and one of
+/// B comes from L2; 256, with B's panel in L1, was slower by 5 to 15 % of the peak, as C was read and
+/// written three times as often.
+pub(super) const K_CHUNK: usize = 768;
 
 /// Overwrites `c [rows, b.n]` with `a [rows, b.k] * b`; rows of `a` lie `a_stride` apart.
 pub fn gemm(
@@ -74,17 +77,30 @@ fn add_panels(
         let k1 = (k0 + K_CHUNK).min(range.end);
         let columns = (k0 - range.start, k1 - range.start);
         let packed = scratch.pack_rows(kernel, a, rows, columns, a_stride);
-        for j in panels.clone() {
-            let panel = b.panel(j, k0, k1);
-            // The next panel comes from afar: a share of it with every tile of this one.
-            let next = if j + 1 < panels.end { b.panel(j + 1, k0, k1) } else { &[] };
-            let share = panel.len().div_ceil(rows.div_ceil(kernel.mr)).next_multiple_of(16);
-            let mut coming = next.chunks(share);
-            for (i, a_panel) in packed.chunks_exact(kernel.mr * (k1 - k0)).enumerate() {
-                if let Some(lines) = coming.next() {
-                    prefetch(lines);
-                }
-                add_tile(kernel, k1 - k0, a_panel, panel, c, (rows, b.n), (i, j));
+        add_chunk(kernel, packed, (b, k0..k1), panels.clone(), c, (rows, b.n), |_, _| true);
+    }
+}
+
+/// Adds the tiles `(i, j)` that are `wanted` of one k-chunk to `c [rows, n]`.
+pub(super) fn add_chunk(
+    kernel: &Kernel,
+    packed: &[f32],
+    (b, chunk): (&PackedB, Range<usize>),
+    panels: Range<usize>,
+    c: &mut [f32],
+    (rows, n): (usize, usize),
+    wanted: impl Fn(usize, usize) -> bool,
+) {
+    let k = chunk.len();
+    for j in panels.clone() {
+        let panel = b.panel(j, chunk.start, chunk.end);
+        // The next panel comes from afar: every tile of this one asks for its share of it.
+        let next = if j + 1 < panels.end { b.panel(j + 1, chunk.start, chunk.end) } else { &[] };
+        let mut coming = next.chunks(ASKED_A_STEP * k);
+        for (i, a) in packed.chunks_exact(kernel.mr * k).enumerate() {
+            if wanted(i, j) {
+                let ask = coming.next().unwrap_or(&[]);
+                add_tile(kernel, k, (a, panel), c, (rows, n), (i, j), ask);
             }
         }
     }
@@ -94,19 +110,19 @@ fn add_panels(
 pub(super) fn add_tile(
     kernel: &Kernel,
     k: usize,
-    a: &[f32],
-    b: &[f32],
+    (a, b): (&[f32], &[f32]),
     c: &mut [f32],
     (rows, n): (usize, usize),
     (i, j): (usize, usize),
+    next: &[f32],
 ) {
     let (r0, c0) = (i * kernel.mr, j * kernel.nr);
     let (height, width) = (kernel.mr.min(rows - r0), kernel.nr.min(n - c0));
     if height == kernel.mr && width == kernel.nr {
-        return kernel.tile(k, a, b, &mut c[r0 * n + c0..], n);
+        return kernel.tile(k, (a, b), &mut c[r0 * n + c0..], n, next);
     }
     let mut edge = [0.0f32; 512];
-    kernel.tile(k, a, b, &mut edge, kernel.nr);
+    kernel.tile(k, (a, b), &mut edge, kernel.nr, next);
     for r in 0..height {
         let row = &mut c[(r0 + r) * n + c0..][..width];
         for (out, v) in row.iter_mut().zip(&edge[r * kernel.nr..]) {

@@ -53,7 +53,7 @@ pub fn gradient_sizes(
     let blocks = job.map(m.div_ceil(ROW_BLOCK), |block| {
         let first = block * ROW_BLOCK;
         let height = ROW_BLOCK.min(m - first);
-        let rows = block_product(kernel, (deltas, m), &packed, (first, height), n);
+        let rows = block_product(kernel, (deltas, m), &packed, (first, height), n, |_, _| true);
         let mut values = vec![0.0f32; n];
         let mut sizes = GradientSizes::default();
         for (r, gradient) in rows.chunks_exact(n).enumerate() {

@@ -9,7 +9,7 @@
 //! and half its memory, which decides what fits where an input is 14,336 channels wide. Sums of f64
 //! would double that again to remove an error that a batch in f32 has anyway.
 
-use super::gemm::{K_CHUNK, add_tile};
+use super::gemm::{K_CHUNK, add_chunk};
 use super::pack::{PackedB, Scratch};
 use crate::buffer::{Buffer, Room};
 use crate::error::{Error, Result};
@@ -65,7 +65,10 @@ impl GramSum {
         job.map_parts(&mut self.sum, &ends, |block, sum| {
             let (first, columns) = (block * BLOCK, columns[block]);
             let height = sum.len() / columns;
-            let product = block_product(kernel, (left, n), right, (first, height), columns);
+            let (mr, nr) = (kernel.mr, kernel.nr);
+            let below = |i: usize, j: usize| !self.symmetric || j * nr < first + (i + 1) * mr;
+            let rows = (first, height);
+            let product = block_product(kernel, (left, n), right, rows, columns, below);
             kernel.vectorised(|| sum.iter_mut().zip(&product).for_each(|(s, p)| *s += p));
             Ok(())
         })?;
@@ -84,7 +87,7 @@ impl GramSum {
         let columns = right.n;
         job.map_blocks(cross, BLOCK * columns, |block, sum| {
             let rows = (block * BLOCK, sum.len() / columns);
-            let product = block_product(kernel, (left, self.n), right, rows, columns);
+            let product = block_product(kernel, (left, self.n), right, rows, columns, |_, _| true);
             kernel.vectorised(|| sum.iter_mut().zip(&product).for_each(|(s, p)| *s += p));
             Ok(())
         })?;
@@ -110,12 +113,14 @@ impl GramSum {
 }
 
 /// Rows `first..first + height` of `X^T Y`, their first `columns` columns; rows of `X` lie `n` apart.
+/// Tiles that are not `wanted` stay zero.
 pub(super) fn block_product(
     kernel: &Kernel,
     (left, n): (&[f32], usize),
     right: &PackedB,
     (first, height): (usize, usize),
     columns: usize,
+    wanted: impl Fn(usize, usize) -> bool,
 ) -> Vec<f32> {
     let tokens = right.k;
     let mut scratch = Scratch::default();
@@ -124,12 +129,9 @@ pub(super) fn block_product(
         let t1 = (t0 + K_CHUNK).min(tokens);
         let rows = (first, first + height);
         let packed = scratch.pack_columns(kernel.mr, &left[t0 * n..], t1 - t0, rows, n);
-        for j in 0..columns.div_ceil(kernel.nr) {
-            let panel = right.panel(j, t0, t1);
-            for (i, a) in packed.chunks_exact(kernel.mr * (t1 - t0)).enumerate() {
-                add_tile(kernel, t1 - t0, a, panel, &mut product, (height, columns), (i, j));
-            }
-        }
+        let panels = 0..columns.div_ceil(kernel.nr);
+        let whole = (height, columns);
+        add_chunk(kernel, packed, (right, t0..t1), panels, &mut product, whole, &wanted);
     }
     product
 }

@@ -40,6 +40,8 @@ pub struct FistaPlusOptions {
     pub damping: f64,
     /// Conjugate gradient steps on the mask of every round.
     pub refit_steps: usize,
+    /// Of the best point.
+    pub polish: PolishOptions,
     /// The published method, run as well so that the result is never worse than its.
     pub floor: Option<FistaOptions>,
 }
@@ -54,6 +56,7 @@ impl Default for FistaPlusOptions {
             lambda: 0.05,
             damping: 0.01,
             refit_steps: 8,
+            polish: PolishOptions::default(),
             floor: Some(FistaOptions::default()),
         }
     }
@@ -102,7 +105,7 @@ pub(super) fn fista_plus_point(
     options: &FistaPlusOptions,
 ) -> Result<(Course, Polished)> {
     let (values, course) = run_rounds(job, problem, starts.sparsegpt, options)?;
-    let polish = |values| polish_point(job, problem, values, &PolishOptions::default());
+    let polish = |values| polish_point(job, problem, values, &options.polish);
     let mut best = polish(values)?;
     if let Some(mut published) = starts.published {
         problem.scale(&mut published);

@@ -32,7 +32,14 @@ pub struct PolishOptions {
 
 impl Default for PolishOptions {
     fn default() -> PolishOptions {
-        PolishOptions { refit: true, search: true, steps: 20, sweeps: 5 }
+        PolishOptions::of(20)
+    }
+}
+
+impl PolishOptions {
+    /// Both, with so many steps and a quarter as many sweeps.
+    pub fn of(steps: usize) -> PolishOptions {
+        PolishOptions { refit: true, search: true, steps, sweeps: steps.div_ceil(4) }
     }
 }
 
