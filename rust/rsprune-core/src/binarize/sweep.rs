@@ -136,7 +136,8 @@ impl Sweep {
         let (n, w, kernel, exact) =
             (self.n, block.len(), self.kernel, self.compensation == Compensation::Exact);
         let own = self.factor_block(block);
-        let packed = PackedB::new(&kernel, &self.factor[block.start..], block.start, w, n);
+        let packed =
+            PackedB::shared(job, &kernel, &self.factor[block.start..], (block.start, w), n)?;
         job.map_blocks(&mut self.state, ROW_BLOCK * 2 * n, |_, state| {
             let rows = state.len() / (2 * n);
             let mut feedback = vec![0.0f32; rows * w];

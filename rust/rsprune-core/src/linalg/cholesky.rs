@@ -110,7 +110,7 @@ fn update_remainder(
             transposed[p * b0 + i] = h[i * n + b0 + p];
         }
     }
-    let packed = PackedB::new(kernel, &transposed, w, b0, b0);
+    let packed = PackedB::shared(job, kernel, &transposed, (w, b0), b0)?;
     job.map_blocks(&mut h[..b0 * n], ROW_BLOCK * n, |_, rows| {
         let count = rows.len() / n;
         let mut product = vec![0.0f32; count * b0];

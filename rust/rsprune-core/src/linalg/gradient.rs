@@ -49,7 +49,7 @@ pub fn gradient_sizes(
     weight: impl Fn(usize, &mut [f32]) + Sync,
 ) -> Result<GradientSizes> {
     let tokens = tokens_of((deltas, m), (inputs, n))?;
-    let packed = PackedB::new(kernel, inputs, tokens, n, n);
+    let packed = PackedB::shared(job, kernel, inputs, (tokens, n), n)?;
     let blocks = job.map(m.div_ceil(ROW_BLOCK), |block| {
         let first = block * ROW_BLOCK;
         let height = ROW_BLOCK.min(m - first);

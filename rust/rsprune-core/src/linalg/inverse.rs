@@ -64,7 +64,7 @@ fn scaled_rows(
     (b0, w): (usize, usize),
     pivot: &[f32],
 ) -> Result<Vec<f32>> {
-    let packed = PackedB::new(kernel, &h[b0 * n..], w, n, n);
+    let packed = PackedB::shared(job, kernel, &h[b0 * n..], (w, n), n)?;
     let mut panel = vec![0.0f32; w * n];
     job.map_blocks(&mut panel, kernel.mr * 2 * n, |i, rows| {
         let (first, count) = (i * kernel.mr * 2, rows.len() / n);
@@ -87,7 +87,7 @@ fn eliminate(
     (b0, w): (usize, usize),
     panel: &[f32],
 ) -> Result<()> {
-    let packed = PackedB::new(kernel, panel, w, n, n);
+    let packed = PackedB::shared(job, kernel, panel, (w, n), n)?;
     job.map_blocks(h, ROW_BLOCK * n, |_, rows| {
         let count = rows.len() / n;
         let mut left = vec![0.0f32; count * w];

@@ -30,6 +30,23 @@ impl PackedB {
         PackedB { k, n, nr, data }
     }
 
+    /// The same, packed by the workers who will read it: a panel that lies in another core's cache is
+    /// slow to come.
+    pub fn shared(
+        job: &Job,
+        kernel: &Kernel,
+        b: &[f32],
+        (k, n): (usize, usize),
+        stride: usize,
+    ) -> Result<PackedB> {
+        PackedB::filled(job, kernel, Room::Memory, (k, n), |rows, columns, tile| {
+            for (p, row) in rows.zip(tile.chunks_exact_mut(kernel.nr)) {
+                let values = &b[p * stride..][columns.clone()];
+                row[..values.len()].copy_from_slice(values);
+            }
+        })
+    }
+
     /// `B [k, n]` in `room`, whose entries `fill(rows, columns, tile)` writes, a tile of a panel at a
     /// time; so the matrix itself need not be in memory beside its packed form.
     pub fn filled(

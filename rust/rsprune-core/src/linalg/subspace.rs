@@ -151,7 +151,7 @@ pub fn rows_times(
     let k = left.len() / m.max(1);
     let parts = job.map(n.div_ceil(COLUMNS), |part| {
         let (c0, w) = (part * COLUMNS, COLUMNS.min(n - part * COLUMNS));
-        let packed = PackedB::new(kernel, &a[c0..], m, w, n);
+        let packed = PackedB::shared(job, kernel, &a[c0..], (m, w), n)?;
         let mut product = vec![0.0f32; k * w];
         gemm(kernel, &mut Scratch::default(), (left, k, m), &packed, &mut product);
         Ok(product)
@@ -175,7 +175,7 @@ pub fn times_transposed(
     z: &[f32],
 ) -> Result<Vec<f32>> {
     let k = z.len() / n.max(1);
-    let packed = PackedB::new(kernel, &transposed(z, n), n, k, k);
+    let packed = PackedB::shared(job, kernel, &transposed(z, n), (n, k), k)?;
     let mut tall = vec![0.0f32; m * k];
     job.map_blocks(&mut tall, ROW_BLOCK * k, |block, rows| {
         let left = (&a[block * ROW_BLOCK * n..], rows.len() / k, n);

@@ -89,9 +89,9 @@ impl Regression {
                 return Err(Error::NonFinite { what: what.into(), index });
             }
         }
-        let packed = PackedB::new(kernel, x, tokens, self.inputs, self.inputs);
+        let packed = PackedB::shared(job, kernel, x, (tokens, self.inputs), self.inputs)?;
         self.gram.add(job, kernel, x, &packed)?;
-        let packed = PackedB::new(kernel, targets, tokens, self.outputs, self.outputs);
+        let packed = PackedB::shared(job, kernel, targets, (tokens, self.outputs), self.outputs)?;
         self.gram.add_cross(job, kernel, x, &packed, &mut self.cross)?;
         self.energy += dot(targets, targets);
         self.tokens += tokens as u64;

@@ -267,7 +267,7 @@ impl Resolvent {
         })?;
         (0..n).for_each(|i| h[i * n + i] += shift);
         invert(job, &term.kernel, &mut h, n)?;
-        Ok(Resolvent::Inverse(PackedB::new(&term.kernel, &h, n, n, n)))
+        Ok(Resolvent::Inverse(PackedB::shared(job, &term.kernel, &h, (n, n), n)?))
     }
 
     /// `right (H + rho I)^-1`; the iteration begins at `start`, from where it need not go far.

@@ -55,7 +55,7 @@ impl Sweep<'_> {
         }
         let (n, r, target, w) = (self.n, self.r, self.target, b1 - b0);
         let kernel = self.kernel;
-        let packed = PackedB::new(kernel, &r[b0..], b0, w, n);
+        let packed = PackedB::shared(job, kernel, &r[b0..], (b0, w), n)?;
         job.map_blocks(&mut self.values, ROW_BLOCK * n, |i, values| {
             let rows = values.len() / n;
             let target = &target[i * ROW_BLOCK * n..];

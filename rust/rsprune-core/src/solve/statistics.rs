@@ -60,13 +60,13 @@ impl Statistics {
         dense: Option<&[f32]>,
     ) -> Result<()> {
         let tokens = self.check(x, dense)?;
-        let packed = PackedB::new(kernel, x, tokens, self.n, self.n);
+        let packed = PackedB::shared(job, kernel, x, (tokens, self.n), self.n)?;
         self.gram.add(job, kernel, x, &packed)?;
         if let (Some(drift), Some(dense)) = (&mut self.drift, dense) {
             let d: Vec<f32> = x.iter().zip(dense).map(|(a, b)| a - b).collect();
             drift.cross.add(job, kernel, &d, &packed)?;
             drop(packed);
-            let packed = PackedB::new(kernel, &d, tokens, self.n, self.n);
+            let packed = PackedB::shared(job, kernel, &d, (tokens, self.n), self.n)?;
             drift.gram.add(job, kernel, &d, &packed)?;
         }
         self.tokens += tokens as u64;
