@@ -119,7 +119,7 @@ impl Regression {
         let mut cross = transposed(&self.cross, m);
         scale_columns(&mut cross, &units);
         let mut whole = cross.clone();
-        solve_rows(job, &mut whole, &h, n)?;
+        solve_rows(job, kernel, &mut whole, &h, n)?;
         drop(h);
         let Some(rank) = rank else {
             scale_columns(&mut whole, &units);

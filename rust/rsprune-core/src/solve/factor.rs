@@ -45,7 +45,7 @@ impl<'a> Factor<'a> {
         let mut target = terms.weight.clone();
         if let Some(linear) = &terms.linear {
             let mut shifted = job.copy(linear)?;
-            solve_rows(job, &mut shifted, &r, n)?;
+            solve_rows(job, &kernel, &mut shifted, &r, n)?;
             shifted.iter_mut().zip(&*target).for_each(|(s, w)| *s = w - *s);
             target = Weight::Own(Arc::new(shifted));
         }
