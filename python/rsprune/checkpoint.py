@@ -300,6 +300,13 @@ def as_stored(value: torch.Tensor, dtype: torch.dtype) -> NDArray[Any]:
 
 
 def sha256(path: Path) -> str:
-    """The SHA-256 of a file, as hex digits."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+    """The SHA-256 of a file, as hex digits.
+
+    Raises:
+        RspruneError: it cannot be read.
+    """
+    try:
+        with path.open("rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()
+    except OSError as error:
+        raise RspruneError(f"{path}: cannot be read: {error.strerror}") from None

@@ -99,7 +99,8 @@ def compress(
 ) -> None:
     """Prune a checkpoint, layer by layer, or remove layers from it."""
     if dry_run:
-        _plan(model, out, config_of(options), json)
+        with exit_if_it_does_not_fit():
+            _plan(model, out, config_of(options), json)
         return
     configs = configs_of(options)
     if keep_stages and len(configs) == 1:
@@ -169,17 +170,19 @@ def blocks(
     from rsprune.depth.picture import survey_page
     from rsprune.depth.survey import survey
 
+    if html is not None and not html.parent.is_dir():
+        raise typer.BadParameter(f"--html: expected a file in a folder that exists, found {html}")
     with exit_if_it_does_not_fit(), showing(json, quiet) as progress:
         found = survey(model, config, progress=progress)
-    if html is not None:
-        page = survey_page(found.model.name, found.layers, found.scores)
-        html.write_text(page, encoding="utf-8")
     if json:
         emit(**asdict(found))
     elif not quiet:
         from rsprune.tables import score_table
 
         show(score_table(found.scores))
+    if html is not None:
+        page = survey_page(found.model.name, found.layers, found.scores)
+        html.write_text(page, encoding="utf-8")
 
 
 @app.command(name="inspect")

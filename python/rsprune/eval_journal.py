@@ -53,11 +53,19 @@ class Journal:
         self.finished = finished
 
     def write(self, name: str, result: Any) -> None:
-        """Notes a result; it is in the file (if there is one) when this returns."""
+        """Notes a result; it is in the file (if there is one) when this returns.
+
+        Raises:
+            RspruneError: the file cannot be written.
+        """
         self.finished[name] = result
-        if self._file is not None:
+        if self._file is None:
+            return
+        try:
             self._file.write(json.dumps({name: result}, allow_nan=False).encode() + b"\n")
             self._file.flush()
+        except OSError as error:
+            raise RspruneError(f"{self._file.name}: writing: {error.strerror}") from None
 
 
 @contextlib.contextmanager

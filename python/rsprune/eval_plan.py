@@ -158,10 +158,7 @@ def _activation_bytes(skeleton: Skeleton, opening: Opening, longest: int) -> int
     """What a layer holds of one passage beside its weights."""
     width = max(group.width for seen in opening.structures for group in seen.groups)
     held = 4 * longest * (6 * skeleton.channels + 4 * width)
-    config = skeleton.config.get_text_config()
-    if getattr(config, "_attn_implementation", None) == "eager":  # scores, masked, normalised
-        held += 3 * 4 * longest**2 * int(config.num_attention_heads)
-    return held
+    return held + skeleton.attention_bytes(longest)
 
 
 def _logit_bytes(head: Head, longest: int) -> int:

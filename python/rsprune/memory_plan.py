@@ -17,6 +17,7 @@ from typing import Protocol
 from rsprune import _core, methods
 from rsprune.blocks import LayerStructure
 from rsprune.config import Config
+from rsprune.data import text_bytes
 from rsprune.errors import DoesNotFitError
 from rsprune.memory import KEPT_BYTES, rss_anon
 from rsprune.methods.base import Inputs
@@ -59,6 +60,7 @@ HELD_IN: dict[str, tuple[str, ...]] = {
     "activations of one window": ("allocate", "calibrate", "tune", "propagate"),
     "routing": RUNS,
     "hidden states": RUNS,
+    "calibration texts": ("read and check",),
 }
 """The stages in which a part is held; others are held in all."""
 
@@ -127,12 +129,15 @@ def memory_parts(
         "Grams": grams,
         "solver": max(_resident_bytes(skeleton, operator, config) for operator in operators),
         "solver's matrices": max(_matrix_bytes(operator, config) for operator in operators),
-        "tuning": _tuning_bytes(layer, width, channels, config),
+        "tuning": _tuning_bytes(layer, width, skeleton, config),
         "budget": _budget_bytes(skeleton, operators, config),
-        "activations of one window": _activation_bytes(window, width, inputs, config) + widest * 4,
+        "activations of one window": _activation_bytes(window, width, inputs, config)
+        + skeleton.attention_bytes(config.seq_len)
+        + widest * 4,
         "freed pages that the allocator keeps": KEPT_BYTES + HOLES,
         "routing": _routing_bytes(skeleton, config) * (1 + int(needs_dense)) if routed else 0,
         "hidden states": config.samples * window * (held + cached),
+        "calibration texts": text_bytes(config.calibration),
     }
 
 
@@ -173,14 +178,15 @@ def pruned_bytes(skeleton: Skeleton, operators: Sequence[Operator], *, experts: 
     return max(layers.values(), default=0)
 
 
-def _tuning_bytes(layer: int, width: int, channels: int, config: Config) -> int:
+def _tuning_bytes(layer: int, width: int, skeleton: Skeleton, config: Config) -> int:
     """Leaf, gradients, moments and best state of a layer, and what backward passes remember."""
     if not config.tune_block:
         return 0
     threads = config.threads or _core.default_threads()
     side_by_side = min(threads, config.tune_batch)
     # Remembered for the backward pass, and its own: SmolLM2-135M stood 131 MiB above 12 and 6.
-    remembered = config.seq_len * (24 * channels + 8 * width) * 4
+    remembered = config.seq_len * (24 * skeleton.channels + 8 * width) * 4
+    remembered += 2 * skeleton.attention_bytes(config.seq_len)
     return layer * 4 * (5 + side_by_side) + side_by_side * remembered
 
 

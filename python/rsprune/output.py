@@ -38,6 +38,10 @@ OWN_FILES = ("rsprune-report.jsonl", "rsprune-scores.html", "recipe.yaml")
 """What a run writes about itself: never copied to the output of the next."""
 
 
+REPORT = "rsprune-report.jsonl"
+MARK = ".rsprune-unfinished"
+"""Stands in a folder that is being written without a journal."""
+
 NOTHING: Mapping[str, Any] = MappingProxyType({})
 
 
@@ -93,20 +97,34 @@ class OutputFolder:
                 if is_ours():
                     path.unlink()
 
+    def begin(self, what: str) -> None:
+        """Clears the folder for work that keeps no journal, and says in it what that is.
+
+        Raises:
+            UsageError: an unfinished run lies there: hours that nobody has asked to throw away.
+        """
+        if (self.folder / REPORT).exists() and not (self.folder / MARK).exists():
+            raise UsageError(
+                f"output {self.out}: an unfinished run lies in {self.folder}; repeat it to finish "
+                "it, or remove that folder"
+            )
+        self.clear()
+        self.write_text(MARK, what + "\n")
+
     def clear(self) -> None:
-        """Removes what an earlier run left.
+        """Removes what an earlier run left; what shows that it is ours goes last.
 
         Raises:
             UsageError: there are files that no run of ours has written.
         """
         found = [path for path in self.folder.iterdir() if path != self.scratch]
-        ours = any(path.name == "rsprune-report.jsonl" for path in found)
+        ours = any(path.name in (REPORT, MARK) for path in found)
         if not ours and any(path.suffix != ".tmp" for path in found):
             raise UsageError(
                 f"output {self.out}: is built in {self.folder}, which holds files but no "
                 "rsprune-report.jsonl; remove it yourself or name another output"
             )
-        for path in found:
+        for path in sorted(found, key=lambda path: path.name in (REPORT, MARK)):
             shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
 
     def keep_shard(
@@ -251,10 +269,11 @@ class OutputFolder:
         index = {"metadata": metadata, "weight_map": dict(sorted(self._files.items()))}
         self.write_text("model.safetensors.index.json", json.dumps(index, indent=2) + "\n")
 
-    def commit(self) -> None:
+    def commit(self, state: str | None = None) -> None:
         """Gives the folder its name; an older output of that name goes only now.
 
-        Everything is on disk before: a machine that loses power has the old output or the new.
+        Everything is on disk before: a machine that loses power has the old output or the new. What
+        an unfinished run is gone on with (`state`, a file) goes after that.
         """
         shutil.rmtree(self.scratch, ignore_errors=True)
         if self.out.exists() and not self.overwrite:
@@ -265,6 +284,9 @@ class OutputFolder:
             self._replace()
         else:
             os.rename(self.folder, self.out)
+        for name in (MARK, state):
+            if name is not None:
+                (self.out / name).unlink(missing_ok=True)
         sync(self.out.parent)
 
     def _replace(self) -> None:
@@ -284,6 +306,8 @@ class OutputFolder:
 
     def discard(self) -> None:
         """Removes everything that was written."""
+        with contextlib.suppress(OSError, UsageError):
+            self.clear()
         shutil.rmtree(self.folder, ignore_errors=True)
 
 

@@ -68,9 +68,11 @@ def versions() -> dict[str, str]:
 
 
 def model_hashes(checkpoint: Checkpoint) -> dict[str, str]:
-    """SHA-256 by file; of whole shards, as a fine-tuned model may have the same headers."""
-    files = ["config.json", *checkpoint.files]
-    return {name: sha256(checkpoint.folder / name) for name in files}
+    """SHA-256 by file: configuration, tokenizer, code, and whole shards, as a fine-tuned model may
+    have the same headers."""
+    folder = checkpoint.folder
+    others = sorted(path.name for kind in ("tokenizer*", "*.py") for path in folder.glob(kind))
+    return {name: sha256(folder / name) for name in ["config.json", *others, *checkpoint.files]}
 
 
 def check_fingerprint(out: Path, recorded: Mapping[str, Any], current: Mapping[str, Any]) -> None:
@@ -158,10 +160,10 @@ def put_down(
     if not (output.folder / REPORT_NAME).exists():
         return  # it has its name already
     records = [record for _, record in read_records(output.folder / REPORT_NAME)]
-    count = sum(record["kind"] == kind for record in records)
-    if count == 0:
+    if not any(record["kind"] in ("allocation", "removal", "layer") for record in records):
         output.discard()
         return
+    count = sum(record["kind"] == kind for record in records)
     progress.note(
         f"{count} of {total} {kind}s are finished and stay in {output.folder}; "
         "the same command goes on from there"

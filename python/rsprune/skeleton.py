@@ -248,6 +248,13 @@ class Skeleton:
             most |= Counter(self._buffers(index, layer))
         return sum(math.prod(shape) * size * count for (shape, size), count in most.items())
 
+    def attention_bytes(self, tokens: int) -> int:
+        """Scores of a window's attention, masked and normalised, where a class holds them whole."""
+        config = self.config.get_text_config()
+        if getattr(config, "_attn_implementation", None) != "eager":
+            return 0
+        return 3 * 4 * tokens**2 * int(config.num_attention_heads)
+
     def _buffers(self, index: int, layer: nn.Module) -> Iterator[tuple[tuple[int, ...], int]]:
         """Shape and bytes an element of what the pool lends for a layer; experts need none."""
         for prefix, module in layer.named_modules():

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import math
 from collections.abc import Iterator
@@ -13,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from rsprune import _core
-from rsprune.checkpoint import Checkpoint, TensorInfo
+from rsprune.checkpoint import Checkpoint, TensorInfo, sha256
 from rsprune.errors import RspruneError, UsageError
 from rsprune.inspect import count_zeros, matrix_view
 from rsprune.packing import linear_of
@@ -147,8 +146,7 @@ def _files(report: Report) -> Iterator[Problem]:
         if record.get("bytes") is not None and size != record["bytes"]:
             yield Problem(name, f"{record['bytes']} bytes", f"{size} bytes")
         elif record.get("sha256") is not None:
-            with path.open("rb") as file:
-                digest = hashlib.file_digest(file, "sha256").hexdigest()
+            digest = sha256(path)
             if digest != record["sha256"]:
                 yield Problem(name, f"sha256 {record['sha256']}", digest)
 

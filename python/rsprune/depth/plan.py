@@ -84,7 +84,7 @@ def prepare(folder: Path, config: Config, out: Path | None) -> Prepared:
     cut_config(content, skeleton, kept, trust_remote_code=config.trust_remote_code)
     memory = memory_of(opened, config, gradients=method.gradients, fold=config.fold)
     limit = config.memory or memory_limit()
-    scratch = scratch_bytes(opened, config, every=method.iterated or method.gradients)
+    scratch = scratch_bytes(opened, config, _levels(config.method, layers))
     gone = max(layer_bytes(opened)) * removal.count
     plan = Plan(
         model=folder,
@@ -132,13 +132,14 @@ def memory_of(opened: Opened, config: Config, *, gradients: bool, fold: bool) ->
     remembered = config.text_tokens * (12 * channels + 6 * width) if gradients else 0
     caught = 4 * config.text_tokens * _caught_channels(opened) if gradients else 0
     positions = head.chunk if opened.stream.takes_positions else tokens
+    attention = skeleton.attention_bytes(tokens) * (3 if gradients else 1)
     logits = max(LOGIT_BYTES // 4, positions * head.piece)
     return {
         "python, torch and the model's structure": rss_anon(),
         "decoder layer (as stored)": skeleton.layer_bytes(),
         "before and after the layers": 4 * (outer + head.piece * head.width),
         "a matrix as float32": 4 * widest * threads,
-        "activations": 4 * tokens * (6 * channels + 4 * width) * threads,
+        "activations": (4 * tokens * (6 * channels + 4 * width) + attention) * threads,
         "backward passes": 4 * (remembered + caught) * threads,
         "logits": 4 * logits * (4 if gradients else 3) * threads,
         "maps to be folded": _fold_bytes(opened) if fold else 0,
@@ -180,11 +181,24 @@ def layer_bytes(opened: Opened) -> list[int]:
     return totals
 
 
-def scratch_bytes(opened: Opened, config: Config, *, every: bool) -> int:
-    """Files of hidden states: of every layer where `every`, and those of maps to be folded."""
+def _levels(method: str, layers: int) -> float:
+    """Stores that scoring keeps, of two views of every text; one view is half a store."""
+    if method in ("pip", "taylor"):
+        return layers + 2  # what enters every layer, what leaves the last, gradients
+    if method.startswith("perplexity"):
+        return (layers + 1) / 2  # the model without each layer, and with all
+    return 1
+
+
+def survey_levels(layers: int) -> float:
+    """The same of all metrics, one after another: no store is given back."""
+    return sum(_levels(method, layers) for method in ("pip", "perplexity", "bi"))
+
+
+def scratch_bytes(opened: Opened, config: Config, levels: float) -> int:
+    """Files of hidden states: so many stores of texts, and those of maps to be folded."""
     state = 4 * opened.skeleton.channels
-    levels = len(opened.skeleton.layers) + 3 if every else 3
-    texts = 2 * config.texts * config.text_tokens * state * levels
+    texts = math.ceil(2 * config.texts * config.text_tokens * state * levels)
     fold = 4 * config.samples * config.seq_len * state if config.fold else 0
     return texts + fold
 

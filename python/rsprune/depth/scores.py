@@ -36,7 +36,7 @@ from rsprune.depth.gradients import (
 from rsprune.depth.losses import losses_without
 from rsprune.depth.views import Texts
 from rsprune.depth.walk import Walk
-from rsprune.errors import UsageError
+from rsprune.errors import RspruneError, UsageError
 from rsprune.windows import Windows
 
 Scores = dict[int, float]
@@ -216,6 +216,9 @@ def block_influence(walk: Walk, kept: list[int], ids: Tensor) -> Scores:
         walk: the open model.
         kept: layers that are there.
         ids: int64 [texts, tokens].
+
+    Raises:
+        RspruneError: hidden states are not finite.
     """
     stores = [walk.store(f"bi {place}", *ids.shape) for place in range(2)]
     kwargs = walk.embed(ids, stores[0])
@@ -225,6 +228,12 @@ def block_influence(walk: Walk, kept: list[int], ids: Tensor) -> Scores:
         with walk.layer(index) as layer:
             walk.advance(layer, kwargs[index], source, target)
         cosines = walk.each(partial(_cosine, walk, source, target), range(len(ids)))
+        for text, cosine in enumerate(cosines):
+            if not math.isfinite(cosine):
+                raise RspruneError(
+                    f"layer {index}, text {text}: expected finite hidden states, found a mean "
+                    f"cosine of {cosine}"
+                )
         scores[index] = 1.0 - math.fsum(cosines) / len(cosines)
         stores.reverse()
     return scores

@@ -12,7 +12,14 @@ import torch
 from rsprune import _core
 from rsprune.config import Config
 from rsprune.depth.losses import losses_without
-from rsprune.depth.plan import Opened, check_disk, check_fits, memory_of, scratch_bytes
+from rsprune.depth.plan import (
+    Opened,
+    check_disk,
+    check_fits,
+    memory_of,
+    scratch_bytes,
+    survey_levels,
+)
 from rsprune.depth.scores import (
     GRADIENT_METRICS,
     Scores,
@@ -72,7 +79,8 @@ def survey(
         opened = Opened.of(folder, config, config.text_tokens)
         check_fits(memory_of(opened, config, gradients=True, fold=False),
                    config.memory or memory_limit())  # fmt: skip
-        needed = scratch_bytes(opened, config.model_copy(update={"fold": False}), every=True)
+        levels = survey_levels(len(opened.skeleton.layers))
+        needed = scratch_bytes(opened, config.model_copy(update={"fold": False}), levels)
         check_disk(Path(scratch), needed, free_bytes(Path(scratch)))
         corpora = load_corpora(config.calibration, field=config.calibration_field)
         for corpus in corpora:

@@ -78,7 +78,7 @@ def _scratch(opened: Opened, config: Config, factors: int) -> int:
     if config.extend:
         return 0
     window = 4 * config.seq_len * opened.skeleton.channels
-    states = scratch_bytes(opened, config, every=False)
+    states = scratch_bytes(opened, config, 1)
     return states + WINDOWS_IN_FILES * config.samples * window + 2 * factors
 
 

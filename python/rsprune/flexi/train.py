@@ -121,10 +121,7 @@ def train(
     with output.owned():
         run = _Run(load(folder, dtype=torch.float32), names, ids, training, output.folder / STATE)
         if not run.take_up(own):
-            output.clear()
-            journal = Journal(output.folder)
-            journal.write("run", **load_report(folder).run)
-            journal.close()
+            output.begin("training")
         summary = run.run(own, progress or NullProgress())
         _write(skeleton, run.values(), output, summary)
     return summary
@@ -277,8 +274,7 @@ def _write(
         new = {name: trained[name] for name in names if name in trained}
         records.append(output.put_tensors(file, checkpoint, copied, new))
     output.copy_other_files(checkpoint.folder)
-    (output.folder / REPORT_NAME).unlink()
-    (output.folder / STATE).unlink(missing_ok=True)
+    (output.folder / REPORT_NAME).unlink(missing_ok=True)  # of an end that was cut short
     journal = Journal(output.folder)
     journal.write("run", **report.run)
     for removal in report.removals:
@@ -295,4 +291,4 @@ def _write(
     text = flexi_card(load_report(output.folder), source_card, str(report.run.get("model")))
     output.write_text("README.md", text)
     output.write_index()
-    output.commit()
+    output.commit(STATE)
