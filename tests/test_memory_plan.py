@@ -1,5 +1,6 @@
 """What the plan says of memory: parts, stages, and what lies in files, with the same bits."""
 
+import json
 import subprocess
 import sys
 from pathlib import Path
@@ -8,6 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 from reference_cases import LEADING, METHODS, Case, bits_equal, run, statistics
+from tiny_models import KINDS, build
 
 from rsprune import _core, methods
 from rsprune.config import Config
@@ -132,3 +134,48 @@ def test_every_solver_says_what_it_holds(tiny_llama: Path, method: str) -> None:
 def test_wide_operators_are_solved_without_an_inverse() -> None:
     narrow, wide = (methods.get("admm").workspace(columns) for columns in (8192, 8193))
     assert narrow.resident == wide.resident + 2
+
+
+BOUNDED = """
+import sys, json, pathlib, rsprune
+options = json.loads(sys.argv[4])
+config = rsprune.Config.create(calibration=sys.argv[3], threads=2, **options)
+try:
+    summary = rsprune.compress(sys.argv[1], sys.argv[2], config).summary
+    print(json.dumps([summary["peak_rss_anon"], summary["import_rss_anon"]]))
+except rsprune.RspruneError as error:
+    print(json.dumps([error.smallest, None]))
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"method": "wanda"},
+        {"method": "sparsegpt", "format": "packed"},
+        {"method": "best", "tune_block": True, "tune_steps": 4},
+        {"method": "pip", "remove": "1", "protect": (0, 0), "texts": 6},
+    ],
+    ids=lambda options: options["method"],
+)
+def test_a_run_stays_below_the_smallest_bound_that_its_plan_names(
+    options: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    """From the first read to the last write, as `/proc` says; it needs far more than imports."""
+    wide = {"hidden_size": 512, "intermediate_size": 1024, "max_position_embeddings": 512}
+    monkeypatch.setitem(KINDS, "wide", ("Llama", wide))
+    dense, text = build("wide", tmp_path / "wide"), tmp_path / "text.txt"
+    text.write_text("a few words and no more, then some other words\n" * 1000)
+    given = {"samples": 16, "seq_len": 256, **options}
+
+    def bounded(memory: int) -> list[int]:
+        words = map(str, (dense, tmp_path / "out", text, json.dumps({**given, "memory": memory})))
+        command = [sys.executable, "-c", BOUNDED, *words]
+        done = subprocess.run(command, stdout=subprocess.PIPE, check=True)
+        found: list[int] = json.loads(done.stdout.splitlines()[-1])
+        return found
+
+    smallest, _ = bounded(1)
+    peak, imports = bounded(smallest + 2**23)  # the imports of two processes differ a little
+    assert imports + 2**24 < peak < smallest + 2**23
