@@ -44,7 +44,12 @@ class Operator:
 
 @dataclass(frozen=True)
 class Plan:
-    """The walk of a run. Sizes are in bytes."""
+    """The walk of a run. Sizes are in bytes.
+
+    Attributes:
+        spill: parts of `memory` that lie in files beside the output while it is made.
+        spill_bytes: those files, and others of the run's own.
+    """
 
     model: Path
     architecture: str
@@ -57,6 +62,7 @@ class Plan:
     peak_bytes: int
     memory_limit: int
     spill: tuple[str, ...]
+    spill_bytes: int
     passes: str
     warnings: list[str]
 
@@ -101,6 +107,7 @@ def prepare(folder: Path, config: Config, out: Path | None) -> Prepared:
     memory = memory_parts(skeleton, opening, inputs, config, operators)
     limit = config.memory or memory_limit()
     peak, spill = fit(memory, limit)
+    scratch = 2 * pruned_bytes(skeleton, operators, experts=True)
     plan = Plan(
         model=folder,
         architecture=type(skeleton.model).__name__,
@@ -113,11 +120,11 @@ def prepare(folder: Path, config: Config, out: Path | None) -> Prepared:
         peak_bytes=peak,
         memory_limit=limit,
         spill=spill,
+        spill_bytes=scratch + sum(memory[name] for name in spill),
         passes=_passes(inputs, config),
         warnings=[*_warnings(skeleton, operators, config), *notes],
     )
-    scratch = 2 * pruned_bytes(skeleton, operators, experts=True)
-    _check_disk(plan, out, scratch + sum(memory[name] for name in spill))
+    _check_disk(plan, out)
     return Prepared(plan, checkpoint, skeleton, stream, opening, inputs)
 
 
@@ -200,8 +207,8 @@ def _check_tensor(info: TensorInfo, shape: tuple[int, ...], pattern: _core.Patte
         raise UsageError(str(error)) from None
 
 
-def _check_disk(plan: Plan, out: Path | None, scratch: int) -> None:
-    needed = plan.output_bytes + scratch - (finished_bytes(out) if out is not None else 0)
+def _check_disk(plan: Plan, out: Path | None) -> None:
+    needed = plan.output_bytes + plan.spill_bytes - (finished_bytes(out) if out is not None else 0)
     if out is not None and needed > plan.disk_free:
         raise UsageError(
             f"output {out}: needs {needed} bytes on disk, found {plan.disk_free} bytes free"

@@ -183,6 +183,9 @@ def plan_table(plan: Plan) -> RenderableType:
         ("passes", plan.passes),
         ("output", f"{size(plan.output_bytes)} (free on the disk: {room})"),
     ]
+    if plan.spill_bytes:
+        what = f" ({', '.join(plan.spill)})" if plan.spill else ""
+        facts.append(("files of its own", f"{size(plan.spill_bytes)} while it runs{what}"))
     memory = [(f"  {part}", size(count)) for part, count in plan.memory]
     memory.append(("memory, at the peak", size(plan.peak_bytes)))
     memory.append(("memory, the limit", size(plan.memory_limit)))

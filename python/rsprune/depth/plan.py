@@ -98,6 +98,7 @@ def prepare(folder: Path, config: Config, out: Path | None) -> Prepared:
         peak_bytes=sum(memory.values()),
         memory_limit=limit,
         spill=("hidden states",),
+        spill_bytes=scratch,
         passes=_passes(config, method, removal),
         warnings=list(unused_depth_options(config)),
     )

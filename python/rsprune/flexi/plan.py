@@ -63,12 +63,13 @@ def prepare(folder: Path, config: Config, out: Path | None) -> Prepared:
         peak_bytes=sum(memory.values()),
         memory_limit=limit,
         spill=("hidden states",),
+        spill_bytes=_scratch(opened, config, most),
         passes=_passes(config),
         warnings=list(unused_flexigpt_options(config)),
     )
     check_fits(memory, limit)
     if out is not None:
-        needed = plan.output_bytes + _scratch(opened, config, most) - finished_bytes(out)
+        needed = plan.output_bytes + plan.spill_bytes - finished_bytes(out)
         check_disk(out, needed, plan.disk_free)
     return Prepared(plan, opened, removal, METHODS["flexigpt"])
 
