@@ -14,7 +14,8 @@ from rsprune import _core
 from rsprune import checkpoint as checkpoint_module
 from rsprune.checkpoint import PIECE_BYTES, TORCH_DTYPES, Checkpoint, sha256
 from rsprune.errors import RspruneError, UsageError
-from rsprune.output import OutputFolder, check_output, free_bytes, other_files
+from rsprune.other_files import other_files
+from rsprune.output import OutputFolder, check_output, free_bytes
 
 TENSORS = {
     "a.weight": torch.arange(12, dtype=torch.bfloat16).reshape(3, 4),

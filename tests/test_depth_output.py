@@ -15,7 +15,10 @@ from rsprune.config import Config
 from rsprune.depth.cut import _cut, cut_config
 from rsprune.depth.plan import Opened, read_config_text
 from rsprune.errors import UsageError
+from rsprune.mixture import interleaved, load_corpora
+from rsprune.report import load_report
 from rsprune.run import compress
+from rsprune.skeleton import load_tokenizer
 from rsprune.verify import verify
 
 OPTIONS: dict[str, Any] = {
@@ -156,3 +159,37 @@ def test_layers_that_are_made_by_their_numbers_are_refused(tiny: Callable[..., P
     assert content["mlp_only_layers"] == [1]
     with pytest.raises(UsageError, match=r"layer 1 must be what layer 2 was, expected mlp\.ex"):
         cut_config({**content, "mlp_only_layers": [1, 2]}, opened.skeleton, [1, 2])
+
+
+UNFOLDED = ("gemma2", "gemma3", "opt_projected", "mixtral", "qwen3_moe", "qwen2_moe", "olmoe")
+"""Kinds whose first layer does not end in a sum with a linear's output."""
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_fold_does_what_the_report_says_in_every_architecture(
+    kind: str, tiny: Callable[..., Path], text: Path, tmp_path: Path
+):
+    dense, out = tiny(kind), tmp_path / "out"
+    options = {**OPTIONS, "method": "given", "remove": "1", "samples": 24, "seq_len": 32}
+    compress(dense, out, Config.create(calibration=str(text), **options))
+    (fold,) = (line["fold"] for line in load_report(out).layers if "fold" in line)
+    windows = interleaved(load_corpora([str(text)]), load_tokenizer(dense), samples=24, seq_len=32,
+                          seed=0, heldout=0.25).heldout  # fmt: skip
+
+    def behind(folder: Path, layer: int) -> torch.Tensor:
+        seen: list[torch.Tensor] = []
+
+        def look(module: Any, args: Any, output: Any) -> None:
+            seen.append(output[0] if isinstance(output, tuple) else output)
+
+        model = ordinary(folder)
+        layers = next(m for m in model.modules() if isinstance(m, torch.nn.ModuleList))
+        layers[layer].register_forward_hook(look)
+        with torch.no_grad():
+            model(windows, use_cache=False)
+        return seen[0].double()
+
+    wanted, found = behind(dense, 1), behind(out, 0)
+    error = float((found - wanted).square().sum() / wanted.square().sum())
+    assert ("skipped" in fold) == (kind in UNFOLDED)
+    assert error == pytest.approx(fold["before" if kind in UNFOLDED else "after"][1], rel=2e-3)

@@ -19,7 +19,8 @@ from test_resume import config_of, contents, in_a_child
 from rsprune import Config, compress, plan
 from rsprune.errors import RspruneError, UsageError
 from rsprune.memory_plan import SPILLS
-from rsprune.output import OutputFolder, other_files
+from rsprune.other_files import other_files
+from rsprune.output import OutputFolder
 from rsprune.report import REPORT_NAME, Journal
 from rsprune.verify import verify
 

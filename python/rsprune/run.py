@@ -37,7 +37,8 @@ from rsprune.experts import stored_bytes
 from rsprune.layer_run import LayerRun
 from rsprune.memory import PeakWatch, give_freed_pages_back, keep_freed_pages, rss_anon
 from rsprune.mixture import interleaved, load_corpora
-from rsprune.output import OutputFolder, check_output, other_files
+from rsprune.other_files import other_files
+from rsprune.output import OutputFolder, check_output
 from rsprune.plan import Plan, Prepared, parse_pattern, prepare
 from rsprune.progress import NullProgress, Progress
 from rsprune.report import REPORT_NAME, Report, load_report, read_records

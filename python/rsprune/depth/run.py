@@ -35,7 +35,8 @@ from rsprune.depth.views import Texts, choose_texts
 from rsprune.depth.walk import Walk
 from rsprune.memory import PeakWatch, rss_anon
 from rsprune.mixture import Calibration, interleaved, load_corpora
-from rsprune.output import OutputFolder, other_files
+from rsprune.other_files import other_files
+from rsprune.output import OutputFolder
 from rsprune.progress import Progress
 from rsprune.report import Journal, load_report
 from rsprune.resume import fingerprint, put_down, take_up
