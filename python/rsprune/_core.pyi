@@ -125,7 +125,7 @@ def fista(
     patience: int,
     lambda_start: float,
     damping: float,
-    max_rounds: int = 40,
+    max_rounds: int | None = None,
     threads: int | None = None,
 ) -> _Pruned: ...
 def fista_plus(
@@ -136,7 +136,7 @@ def fista_plus(
     patience: int,
     lambda_start: float,
     floor: bool,
-    max_rounds: int = 12,
+    max_rounds: int | None = None,
     polish_steps: int = 20,
     threads: int | None = None,
 ) -> _Pruned: ...

@@ -18,8 +18,8 @@ from rsprune.methods.base import Inputs, Operator, Pruned, Workspace
 LAMBDA_START = 0.01
 """In units of the mean squared input times the weights' rms; reconstructed."""
 
-MAX_ROUNDS = 40
-"""Ours; the search ends long before."""
+TYPICAL_ROUNDS = 16
+"""After which the search for lambda ends; for estimates."""
 
 
 class Fista:
@@ -37,7 +37,9 @@ class Fista:
 
     def products(self, config: Config) -> float:
         """See `Method.products`."""
-        return float(min(config.max_rounds or MAX_ROUNDS, 16) * config.iterations + 35)
+        return float(
+            min(config.max_rounds or TYPICAL_ROUNDS, TYPICAL_ROUNDS) * config.iterations + 35
+        )
 
     def solve(
         self, operator: Operator, config: Config, *, model_type: str, threads: int | None
@@ -51,7 +53,7 @@ class Fista:
                 iterations=config.iterations,
                 xi=config.xi,
                 patience=config.patience,
-                max_rounds=config.max_rounds or MAX_ROUNDS,
+                max_rounds=config.max_rounds,
                 lambda_start=config.lambda_start or LAMBDA_START,
                 damping=config.damping,
                 threads=threads,

@@ -19,6 +19,7 @@ LAMBDA_START = 0.05
 """In units of the scaled weights' rms."""
 
 MAX_ROUNDS = 12
+"""The core's; for estimates."""
 
 
 class FistaPlus:
@@ -37,7 +38,7 @@ class FistaPlus:
     def products(self, config: Config) -> float:
         """See `Method.products`."""
         rounds = config.max_rounds or MAX_ROUNDS
-        published = min(rounds, 16) * min(config.iterations, 20)
+        published = min(config.max_rounds or 16, 16) * min(config.iterations, 20)
         return float(rounds * (config.iterations + 9) + published + 7 * config.polish_steps)
 
     def solve(
@@ -50,7 +51,7 @@ class FistaPlus:
                 iterations=config.iterations,
                 xi=config.xi,
                 patience=config.patience,
-                max_rounds=config.max_rounds or MAX_ROUNDS,
+                max_rounds=config.max_rounds,
                 polish_steps=config.polish_steps,
                 lambda_start=config.lambda_start or LAMBDA_START,
                 floor=True,

@@ -154,7 +154,7 @@ fn sparsegpt<'py>(
 
 /// l1 relaxation by FISTA, rounded, lambda adapted.
 #[pyfunction]
-#[pyo3(signature = (operator, *, warm_start, iterations, xi, patience, lambda_start, damping, max_rounds = 40, threads = None))]
+#[pyo3(signature = (operator, *, warm_start, iterations, xi, patience, lambda_start, damping, max_rounds = None, threads = None))]
 #[allow(clippy::too_many_arguments)] // the method's published constants, by keyword
 fn fista<'py>(
     py: Python<'py>,
@@ -165,7 +165,7 @@ fn fista<'py>(
     patience: usize,
     lambda_start: f64,
     damping: f64,
-    max_rounds: usize,
+    max_rounds: Option<usize>,
     threads: Option<usize>,
 ) -> PyResult<Pruned<'py>> {
     let warm_start = match warm_start {
@@ -177,6 +177,7 @@ fn fista<'py>(
         }
     };
     let lambda = lambda_start;
+    let max_rounds = max_rounds.unwrap_or(FistaOptions::default().max_rounds);
     let options =
         FistaOptions { iterations, xi, patience, max_rounds, lambda, damping, warm_start };
     solve_with(py, &operator, threads, |job, task| solve::fista(job, task, &options))
@@ -185,7 +186,7 @@ fn fista<'py>(
 /// FISTA in scaled variables with restarts, refits and a held-out choice; with `floor` the published
 /// method is run as well, under the same caps, and the result is never worse than its.
 #[pyfunction]
-#[pyo3(signature = (operator, *, iterations, xi, patience, lambda_start, floor, max_rounds = 12, polish_steps = 20, threads = None))]
+#[pyo3(signature = (operator, *, iterations, xi, patience, lambda_start, floor, max_rounds = None, polish_steps = 20, threads = None))]
 #[allow(clippy::too_many_arguments)] // the method's constants, by keyword
 fn fista_plus<'py>(
     py: Python<'py>,
@@ -195,14 +196,14 @@ fn fista_plus<'py>(
     patience: usize,
     lambda_start: f64,
     floor: bool,
-    max_rounds: usize,
+    max_rounds: Option<usize>,
     polish_steps: usize,
     threads: Option<usize>,
 ) -> PyResult<Pruned<'py>> {
     let published = FistaOptions::default();
     let published = FistaOptions {
         iterations: iterations.min(published.iterations),
-        max_rounds: max_rounds.min(published.max_rounds),
+        max_rounds: max_rounds.unwrap_or(published.max_rounds),
         ..published
     };
     let options = FistaPlusOptions {
@@ -210,7 +211,7 @@ fn fista_plus<'py>(
         iterations,
         xi,
         patience,
-        max_rounds,
+        max_rounds: max_rounds.unwrap_or(FistaPlusOptions::default().max_rounds),
         lambda: lambda_start,
         polish: PolishOptions::of(polish_steps),
         ..FistaPlusOptions::default()
