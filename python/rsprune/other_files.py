@@ -5,12 +5,13 @@ from __future__ import annotations
 from pathlib import Path
 
 from rsprune.errors import UsageError
+from rsprune.report import REPORT_NAME
 
 WEIGHT_FILES = ("*.safetensors", "*.safetensors.index.json", "*.bin", "*.bin.index.json", "*.pt",
                 "*.pth", "*.ckpt", "*.gguf", "*.h5", "*.msgpack", "*.onnx")  # fmt: skip
 """Files of the input that are weights in some format: never copied to the output."""
 
-OWN_FILES = ("rsprune-report.jsonl", "rsprune-scores.html", "recipe.yaml")
+OWN_FILES = (REPORT_NAME, "rsprune-scores.html", "recipe.yaml")
 """What a run writes about itself: never copied to the output of the next."""
 
 

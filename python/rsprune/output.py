@@ -30,8 +30,8 @@ from rsprune.checkpoint import Checkpoint, as_stored, named_errors, sha256
 from rsprune.errors import RspruneError, UsageError
 from rsprune.other_files import other_files
 from rsprune.packing import PackedWeight, linear_of, with_settings
+from rsprune.report import REPORT_NAME
 
-REPORT = "rsprune-report.jsonl"
 MARK = ".rsprune-unfinished"
 """Stands in a folder that is being written without a journal."""
 
@@ -96,7 +96,7 @@ class OutputFolder:
         Raises:
             UsageError: an unfinished run lies there: hours that nobody has asked to throw away.
         """
-        if (self.folder / REPORT).exists() and not (self.folder / MARK).exists():
+        if (self.folder / REPORT_NAME).exists() and not (self.folder / MARK).exists():
             raise UsageError(
                 f"output {self.out}: an unfinished run lies in {self.folder}; repeat it to finish "
                 "it, or remove that folder"
@@ -111,13 +111,13 @@ class OutputFolder:
             UsageError: there are files that no run of ours has written.
         """
         found = [path for path in self.folder.iterdir() if path != self.scratch]
-        ours = any(path.name in (REPORT, MARK) for path in found)
+        ours = any(path.name in (REPORT_NAME, MARK) for path in found)
         if not ours and any(path.suffix != ".tmp" for path in found):
             raise UsageError(
                 f"output {self.out}: is built in {self.folder}, which holds files but no "
                 "rsprune-report.jsonl; remove it yourself or name another output"
             )
-        for path in sorted(found, key=lambda path: path.name in (REPORT, MARK)):
+        for path in sorted(found, key=lambda path: path.name in (REPORT_NAME, MARK)):
             shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
 
     def keep_shard(
@@ -321,7 +321,7 @@ def check_output(out: Path, *sources: Path, overwrite: bool) -> None:
         raise UsageError(f"output {out}: exists already; name another or pass --overwrite")
     if out.exists() and not out.is_dir():
         raise UsageError(f"output {out}: expected a folder, found a file")
-    if out.exists() and any(out.iterdir()) and not (out / "rsprune-report.jsonl").exists():
+    if out.exists() and any(out.iterdir()) and not (out / REPORT_NAME).exists():
         raise UsageError(
             f"output {out}: --overwrite replaces only what rsprune wrote, found a folder without "
             "rsprune-report.jsonl; remove it yourself or name another"

@@ -14,6 +14,7 @@ from typing import Literal
 from rsprune import _core
 from rsprune.config import Config
 from rsprune.methods.base import BLENDED, Operator, Pruned, Workspace
+from rsprune.methods.fista import TYPICAL_ROUNDS
 
 LAMBDA_START = 0.05
 """In units of the scaled weights' rms."""
@@ -38,7 +39,9 @@ class FistaPlus:
     def products(self, config: Config) -> float:
         """See `Method.products`."""
         rounds = config.max_rounds or MAX_ROUNDS
-        published = min(config.max_rounds or 16, 16) * min(config.iterations, 20)
+        published = min(config.max_rounds or TYPICAL_ROUNDS, TYPICAL_ROUNDS) * min(
+            config.iterations, 20
+        )
         return float(rounds * (config.iterations + 9) + published + 7 * config.polish_steps)
 
     def solve(

@@ -107,7 +107,7 @@ pub(super) fn add_chunk(
 }
 
 /// Adds one tile to `c`; a tile that overhangs the edge goes through a buffer of its own.
-pub(super) fn add_tile(
+fn add_tile(
     kernel: &Kernel,
     k: usize,
     (a, b): (&[f32], &[f32]),
