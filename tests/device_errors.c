@@ -1,30 +1,35 @@
-/* A device with errors: preloaded, it lets one system call on one file fail with EIO.
+/* A device with errors: preloaded, it lets system calls on some files fail.
 
-   fail(call, path, after) arms it: of the calls named `call` on files whose path contains `path`,
-   all from number `after` on fail; calls(), how many there were. */
+   fail(calls, path, after, error) arms it: of the calls whose names stand in `calls`, on files whose
+   path contains `path`, all from number `after` on fail with `error`; calls(), how many there were. */
 
 #define _GNU_SOURCE
 #include <dlfcn.h>
 #include <errno.h>
 #include <stdio.h>
 #include <string.h>
+#include <sys/types.h>
+#include <sys/uio.h>
 #include <unistd.h>
 
-static char armed_call[16], armed_path[4096];
+static char armed_calls[64], armed_path[4096];
 static long armed_after, seen;
+static int armed_error;
 
-void fail(const char *call, const char *path, long after) {
-    snprintf(armed_call, sizeof armed_call, "%s", call);
+void fail(const char *calls, const char *path, long after, int error) {
+    snprintf(armed_calls, sizeof armed_calls, " %s ", calls);
     snprintf(armed_path, sizeof armed_path, "%s", path);
     armed_after = after;
+    armed_error = error;
     seen = 0;
 }
 
 long calls(void) { return seen; }
 
 static int fails(const char *call, int fd) {
-    char link[64], path[4096];
-    if (strcmp(call, armed_call) != 0)
+    char word[32], link[64], path[4096];
+    snprintf(word, sizeof word, " %s ", call);
+    if (strstr(armed_calls, word) == NULL)
         return 0;
     snprintf(link, sizeof link, "/proc/self/fd/%d", fd);
     ssize_t length = readlink(link, path, sizeof path - 1);
@@ -35,7 +40,7 @@ static int fails(const char *call, int fd) {
         return 0;
     if (__sync_add_and_fetch(&seen, 1) < armed_after)
         return 0;
-    errno = EIO;
+    errno = armed_error;
     return 1;
 }
 
@@ -57,3 +62,22 @@ INTERPOSE(pwrite, "pwrite", ssize_t, (int fd, const void *from, size_t count, of
 INTERPOSE(pwrite64, "pwrite", ssize_t, (int fd, const void *from, size_t count, off64_t at),
           (fd, from, count, at))
 INTERPOSE(fsync, "fsync", int, (int fd), (fd))
+INTERPOSE(writev, "write", ssize_t, (int fd, const struct iovec *from, int count),
+          (fd, from, count))
+INTERPOSE(sendfile, "write", ssize_t, (int fd, int from, off_t *at, size_t count),
+          (fd, from, at, count))
+INTERPOSE(sendfile64, "write", ssize_t, (int fd, int from, off64_t *at, size_t count),
+          (fd, from, at, count))
+INTERPOSE(fallocate, "fallocate", int, (int fd, int mode, off_t at, off_t size),
+          (fd, mode, at, size))
+INTERPOSE(fallocate64, "fallocate", int, (int fd, int mode, off64_t at, off64_t size),
+          (fd, mode, at, size))
+
+/* These return the error. */
+int posix_fallocate(int fd, off_t at, off_t size) {
+    return fallocate(fd, 0, at, size) ? errno : 0;
+}
+
+int posix_fallocate64(int fd, off64_t at, off64_t size) {
+    return fallocate64(fd, 0, at, size) ? errno : 0;
+}

@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from reference_cases import LEADING, METHODS, Case, bits_equal, run, statistics
 
@@ -42,6 +42,19 @@ def test_the_pattern_holds_in_the_type_of_the_input(
     assert _core.Pattern(pattern, scope).holds(found, case.dtype)
     assert np.isfinite(values).all()
     assert certificate["sparsity"] == (values == 0).mean()
+
+
+@quick
+@given(st.floats(0.0, 0.999), st.sampled_from([160, 300, 576]), some_scope)
+@example(0.33, 576, "row").via("blocks that round one by one leave a zero too few")
+@example(0.7 - 0.12, 576, "matrix").via("a budget over layers asks for such shares")
+def test_blocks_of_columns_have_the_ratio_together(sparsity: float, n: int, scope: str) -> None:
+    case, text = Case.random(6, n), repr(sparsity)
+    assert (case.values != 0).all()
+    zeros = run("sparsegpt", case.operator(text, scope))[0] == 0
+    units = zeros.reshape(1, -1) if scope == "matrix" else zeros
+    expected = reference.Pattern(text, scope).zeros(units.shape[1])
+    assert (units.sum(axis=1) == expected).all()
 
 
 @quick

@@ -13,13 +13,15 @@ import fcntl
 import json
 import os
 from collections.abc import Iterator, Mapping
+from io import FileIO
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 import torch
 
 from rsprune import _core
 from rsprune.errors import RspruneError, UsageError
+from rsprune.report import write_whole
 from rsprune.resume import difference, model_hashes, versions
 from rsprune.skeleton import Skeleton
 
@@ -48,7 +50,7 @@ class Journal:
         finished: results by name, those of earlier runs too.
     """
 
-    def __init__(self, file: IO[bytes] | None, finished: dict[str, Any]) -> None:
+    def __init__(self, file: FileIO | None, finished: dict[str, Any]) -> None:
         self._file = file
         self.finished = finished
 
@@ -62,8 +64,7 @@ class Journal:
         if self._file is None:
             return
         try:
-            self._file.write(json.dumps({name: result}, allow_nan=False).encode() + b"\n")
-            self._file.flush()
+            write_whole(self._file, json.dumps({name: result}, allow_nan=False).encode() + b"\n")
         except OSError as error:
             raise RspruneError(f"{self._file.name}: writing: {error.strerror}") from None
 
@@ -86,7 +87,7 @@ def open_journal(path: Path | None, current: dict[str, Any]) -> Iterator[Journal
     if not path.exists():
         line = json.dumps({"fingerprint": current}, sort_keys=True)
         _core.write_file(path, line.encode() + b"\n")
-    with path.open("r+b") as file:
+    with path.open("r+b", buffering=0) as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:

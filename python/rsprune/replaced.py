@@ -16,7 +16,14 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    ValidationError,
+    field_serializer,
+    model_validator,
+)
 
 from rsprune.errors import UsageError
 
@@ -47,6 +54,11 @@ class Block(BaseModel):
         if self.gains and self.source is None:
             raise ValueError("gains: are for layers with a source")
         return self
+
+    @field_serializer("ranks")
+    def _sorted(self, ranks: dict[str, int]) -> dict[str, int]:
+        """One order, whether they were just chosen or read back by a run that goes on."""
+        return dict(sorted(ranks.items()))
 
 
 Blocks = Mapping[int, Block]

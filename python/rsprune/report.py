@@ -11,6 +11,7 @@ import math
 import os
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
+from io import FileIO
 from pathlib import Path
 from typing import Any
 
@@ -71,16 +72,12 @@ class Journal:
         line = json.dumps(record, sort_keys=True, allow_nan=False, ensure_ascii=False)
         length = self.path.stat().st_size
         try:
-            self._append(line.encode() + b"\n")
+            write_whole(self._file, line.encode() + b"\n")
             if kind in ("layer", "removal"):
                 os.fsync(self._file.fileno())  # from now on its shard, or its scores, count
         except OSError as error:
             self._file.truncate(length)
             raise RspruneError(f"{self.path}: write of a {kind} line: {error.strerror}") from None
-
-    def _append(self, line: bytes) -> None:
-        while line:  # a full disk takes the first part, then says that it is full
-            line = line[self._file.write(line) :]
 
     def close(self) -> None:
         """Puts the file on disk and closes it; `RspruneError` where the disk refuses."""
@@ -98,6 +95,12 @@ class Journal:
         self._file.seek(0)
         content = self._file.read()
         self._file.truncate(content.rfind(b"\n") + 1)
+
+
+def write_whole(file: FileIO, data: bytes) -> None:
+    """Writes all of `data` to an unbuffered file, or raises `OSError`."""
+    while data:  # a full disk takes the first part, then says that it is full
+        data = data[file.write(data) :]
 
 
 def _plain(value: Any) -> Any:

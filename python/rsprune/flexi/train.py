@@ -12,9 +12,9 @@ and ends in the same bytes.
 from __future__ import annotations
 
 import hashlib
+import io
 import json
 import math
-import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -141,10 +141,11 @@ def trained_names(skeleton: Skeleton) -> list[str]:
 
 
 def _check_memory(skeleton: Skeleton, names: list[str], training: Training) -> None:
-    """The model in float32, gradients and moments of what is trained, activations, logits."""
+    """The model in float32, gradients and moments of what is trained and what is saved of it,
+    activations, logits."""
     model, text = skeleton.model, skeleton.config.get_text_config()
     whole = sum(p.numel() for p in model.parameters())
-    moving = 3 * sum(model.get_parameter(name).numel() for name in names)
+    moving = 6 * sum(model.get_parameter(name).numel() for name in names)
     tokens = training.seq_len * training.batch
     width = max(p.numel() // skeleton.channels for layer in skeleton.layers
                 for p in layer.parameters() if p.dim() == 2)  # fmt: skip
@@ -237,12 +238,9 @@ class _Run:
             "adam": self.adam.state_dict(),
             "losses": self.losses,
         }
-        temporary = self.state.with_suffix(".tmp")
-        try:
-            torch.save(saved, temporary)
-            os.replace(temporary, self.state)
-        except (OSError, RuntimeError) as error:
-            raise RspruneError(f"{temporary}: the training cannot be saved: {error}") from None
+        content = io.BytesIO()  # torch says nothing of why a file could not be written
+        torch.save(saved, content)
+        _core.write_file(self.state, content.getvalue())
 
     def values(self) -> dict[str, Tensor]:
         """What is trained, in float32."""

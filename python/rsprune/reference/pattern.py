@@ -53,15 +53,25 @@ class Pattern:
             return self.group[1] - self.group[0]
         return math.floor(self.sparsity * length + 0.5)
 
-    def mask(self, scores: NDArray[np.float64]) -> Mask:
+    def mask(self, scores: NDArray[np.float64], before: int = 0) -> Mask:
         """True where a weight goes: in every unit the lowest of `scores [m, n]`, first ones first.
 
-        Returns a mask [m, n].
+        Args:
+            scores: of all columns, or of a part of them.
+            before: how many columns stand left of a part. A ratio's parts, from the left, have
+                together the zeros of the whole.
+
+        Returns:
+            A mask [m, n].
         """
         units = self.units(scores)
+        zeros = self.zeros(units.shape[1])
+        if self.group is None:
+            skipped = before * units.shape[1] // scores.shape[1]
+            zeros = self.zeros(skipped + units.shape[1]) - self.zeros(skipped)
         order = np.argsort(units, axis=1, kind="stable")
         goes = np.zeros(units.shape, bool)
-        np.put_along_axis(goes, order[:, : self.zeros(units.shape[1])], True, axis=1)
+        np.put_along_axis(goes, order[:, :zeros], True, axis=1)
         return goes.reshape(scores.shape)
 
     def holds(self, values: NDArray[np.float64]) -> bool:

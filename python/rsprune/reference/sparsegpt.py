@@ -6,7 +6,8 @@
     lazy: W[:, after the block] -= E U[block, after the block]
 
 Masks as published: of a keep-of group when its first column is reached, of a ratio when its block
-is reached. (The core does the same arithmetic without an inverse.)
+is reached, so many that the blocks have the ratio together. (The core does the same arithmetic
+without an inverse.)
 """
 
 from __future__ import annotations
@@ -49,6 +50,9 @@ def sparsegpt(
         end = min(start + BLOCK, weight.shape[1])
         part = slice(start, end)
         given = None if mask is None else mask[:, part]
+        if given is None and pattern.group is None:
+            scores = weight[:, part] ** 2 / np.diag(upper)[part] ** 2
+            given = pattern.mask(scores, before=start)
         weight[:, part], errors = _prune_block(weight[:, part], upper[part, part], pattern, given)
         weight[:, end:] -= errors @ upper[part, end:]
     return weight
@@ -77,10 +81,9 @@ def _prune_block(
     """One block `[m, w]` and its errors `[m, w]`."""
     work, errors = weight.copy(), np.zeros_like(weight)
     goes = np.zeros(work.shape, bool) if mask is None else mask
-    length = work.shape[1] if pattern.group is None else pattern.group[1]
     for j in range(work.shape[1]):
-        if mask is None and j % length == 0:
-            unit = slice(j, j + length)
+        if mask is None and pattern.group is not None and j % pattern.group[1] == 0:
+            unit = slice(j, j + pattern.group[1])
             goes[:, unit] = pattern.mask(work[:, unit] ** 2 / np.diag(upper)[unit] ** 2)
         kept = np.where(goes[:, j], 0.0, work[:, j])
         errors[:, j] = (work[:, j] - kept) / upper[j, j]

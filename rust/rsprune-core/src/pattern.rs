@@ -74,6 +74,12 @@ impl Pattern {
         (sparsity * len as f64).round() as usize
     }
 
+    /// Those of the weights `from..to` of a unit that is pruned in parts: what all parts have
+    /// together is what [`Pattern::zeros`] says of the whole.
+    pub(crate) fn zeros_between(sparsity: f64, from: usize, to: usize) -> usize {
+        Pattern::zeros(sparsity, to) - Pattern::zeros(sparsity, from)
+    }
+
     /// Sets to zero what the pattern does not allow: in every unit the entries with the smallest
     /// `|value| * scale[column]`, the first of equals first. `values` is `[rows, cols]`.
     pub fn project(&self, values: &mut [f32], cols: usize, scale: Option<&[f32]>) {

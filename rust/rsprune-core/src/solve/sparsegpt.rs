@@ -8,6 +8,8 @@
 //! the published update without any inverse (`U = R^-1`, `[H^-1]_jj` of the remaining columns is
 //! `1 / R_jj^2`). Masks are chosen as published: of every group when its first column is reached
 //! (keep-of), of every 128 columns when the block is reached (ratios; over all rows, or per row).
+//! A ratio's blocks take what is due up to their end, so that the whole has it exactly: rounded one
+//! by one, 33 % of 576 columns left a zero too few.
 
 use super::factor::Factor;
 use super::{Solution, Task};
@@ -111,7 +113,9 @@ impl Sweep<'_> {
             Ok(())
         })?;
         let mut mask = vec![false; scores.len()];
-        for_smallest(&scores, Pattern::zeros(sparsity, scores.len()), |i| mask[i] = true);
+        let rows = scores.len() / w;
+        let zeros = Pattern::zeros_between(sparsity, rows * b0, rows * b1);
+        for_smallest(&scores, zeros, |i| mask[i] = true);
         Ok(mask)
     }
 }
@@ -168,7 +172,7 @@ fn prune_row(
             unit_scores(row, target, r, (b0, j), &pending, &mut scores[..unit]);
             let zeros = match pattern {
                 Pattern::KeepOf { keep, of } => of - keep,
-                Pattern::Ratio { sparsity, .. } => Pattern::zeros(sparsity, unit),
+                Pattern::Ratio { sparsity, .. } => Pattern::zeros_between(sparsity, b0, b1),
             };
             for_smallest(&scores[..unit], zeros, |i| goes[j - b0 + i] = true);
         }
