@@ -33,7 +33,7 @@ LEADING: dict[str, dict[str, Any]] = {
         "xi": 0.3,
         "patience": 3,
         "lambda_start": 0.05,
-        "floor": False,
+        "floor": None,
     },
     "best": {"budget": WHOLE_BUDGET},
     "polish": {"refit": True, "search": True},

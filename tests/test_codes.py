@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from tiny_models import tensors_of
 
 from rsprune import _core
-from rsprune.codes import Choice, coarse, knapsack, redundancy
+from rsprune.codes import Choice, coarse, knapsack, redundancy, with_mean_losses
 from rsprune.config import Config
 from rsprune.driver import make_plan
 from rsprune.errors import RspruneError, UsageError
@@ -144,6 +144,23 @@ def test_coarse_keeps_to_the_target(values: list[float], target: int, chooser: A
 def test_coarse_uses_its_room() -> None:
     assert coarse([0.4, 0.8, 1.2, 1.6], [1, 1, 1, 1], 5) == [3, 4, 6, 7]
     assert coarse([1.0, 1.0], [1, 1], 6) == [6, 6]
+    assert len(set(coarse([0.4, 0.8, 1.2, 1.6], [13, 12, 11, 10], 5))) > 1
+    skewed = [4.45, 1.86, *([0.59] * 7), *([0.75] * 7), *([0.94] * 8), *([1.11] * 5), 2.6]
+    mean = sum(skewed) / len(skewed)
+    found = coarse([value / mean for value in skewed], [100] * len(skewed), 6)
+    assert len(set(found)) > 2
+    assert 5.9 <= sum(found) / len(found) <= 6
+
+
+def test_what_saw_no_token_counts_as_the_others_do() -> None:
+    seen = [Choice("a", 0.2, 10.0), Choice("b", 0.1, 20.0)]
+    more = [Choice("a", 0.4, 30.0), Choice("b", 0.3, 40.0)]
+    blind = [Choice("a", 0.0, 1.0), Choice("b", 0.0, 2.0)]
+    found = with_mean_losses({"x": seen, "y": more, "z": blind}, ["z"])
+    assert found["x"] == seen
+    assert [c.loss for c in found["z"]] == pytest.approx([0.3, 0.2])
+    assert [c.bits for c in found["z"]] == [1.0, 2.0]
+    assert with_mean_losses({"z": blind}, ["z"]) == {"z": blind}
 
 
 choices = st.lists(

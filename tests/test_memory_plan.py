@@ -35,7 +35,7 @@ def spilling(operator: Operator, folder: Path) -> Operator:
 def test_what_lies_in_files_has_the_bits_that_it_has_in_memory(
     tmp_path: Path, method: str, pattern: str, scope: str, corrected: bool
 ) -> None:
-    options = {"floor": True} if " " in method else {}
+    options = {"floor": "wanda"} if " " in method else {}
     name = method.partition(" ")[0]
     shape = (113, 144) if name in LEADING else (211, 268)
     operator = Case.random(*shape, corrected=corrected).operator(pattern, scope)

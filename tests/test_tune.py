@@ -7,11 +7,14 @@ from typing import Any
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from tiny_models import KINDS, LAYERS, tensors_of
 
 from rsprune import Config, compress, load_report
-from rsprune.allocate import RANGE, Curve, allocate
+from rsprune.allocate import Curve, allocate, bounds, exact_patterns, unit_of
 from rsprune.errors import UsageError
+from rsprune.plan import Operator
 from rsprune.verify import verify
 
 OPTIONS: dict[str, Any] = {"samples": 6, "seq_len": 32, "heldout": 0.34, "threads": 1}
@@ -67,21 +70,41 @@ def test_any_number_of_threads_gives_the_same_bits(
         assert all(torch.equal(value, other[name]) for other in outputs[1:]), name
 
 
-def test_the_budget_is_met_and_flat_layers_pay_more() -> None:
-    curves = [Curve(-4.0, 3.0, 100), Curve(-2.0, 3.0, 100), Curve(-3.0, 3.0, 300)]
-    layers = allocate(curves, 0.7)
-    mean = sum(c.weights * s for c, s in zip(curves, layers, strict=True)) / 500
-    assert math.isclose(mean, 0.7, abs_tol=1e-6)
-    assert layers[0] > layers[1]
-    assert all(abs(s - 0.7) <= RANGE + 1e-9 for s in layers)
-    free = [s for s in layers if abs(s - 0.7) < RANGE - 1e-6]
-    assert free  # an interior optimum exists: there the slopes per weight agree
-    slopes = [
-        c.slope * c.error(s) / c.weights
-        for c, s in zip(curves, layers, strict=True)
-        if abs(s - 0.7) < RANGE - 1e-6
-    ]
+def test_the_budget_is_met_and_flat_curves_pay_more() -> None:
+    curves = {
+        "a": Curve(-4.0, 3.0, 100), "b": Curve(-2.0, 3.0, 100), "c": Curve(-3.0, 3.0, 300)
+    }  # fmt: skip
+    shares = allocate(curves, 0.7)
+    assert math.isclose(sum(curves[u].weights * shares[u] for u in curves) / 500, 0.7, abs_tol=1e-6)
+    assert shares["a"] > shares["b"]
+    low, high = bounds(0.7)
+    assert all(low <= share <= high for share in shares.values())
+    free = [u for u in curves if low + 1e-6 < shares[u] < high - 1e-6]
+    assert len(free) > 1  # an interior optimum exists: there the slopes per weight agree
+    slopes = [curves[u].slope * curves[u].error(shares[u]) / curves[u].weights for u in free]
     assert max(slopes) / min(slopes) < 1.0001
+
+
+@given(
+    st.floats(0.0, 0.998),
+    st.lists(st.tuples(st.integers(1, 40), st.integers(8, 64), st.floats(-9, 0), st.floats(0.1, 9)),
+             min_size=1, max_size=9),
+)  # fmt: skip
+def test_all_operators_together_have_the_zeros_that_were_asked_for(
+    sparsity: float, rows: list[tuple[int, int, float, float]]
+) -> None:
+    operators = [
+        Operator(f"{i}.weight", i // 2, f"linear{i}", m, 64 * n, "F32", 64)
+        for i, (m, n, _, _) in enumerate(rows)
+    ]
+    curves = {
+        unit_of(o): Curve(a, b, o.rows * o.columns)
+        for o, (_, _, a, b) in zip(operators, rows, strict=True)
+    }
+    found = exact_patterns(operators, allocate(curves, sparsity), sparsity)
+    zeros = [round(found[o.name].sparsity * o.rows * o.columns) for o in operators]
+    total = sum(o.rows * o.columns for o in operators)
+    assert sum(zeros) == round(sparsity * total)
 
 
 def test_a_curve_goes_through_its_points() -> None:
@@ -97,7 +120,7 @@ def test_the_whole_model_has_exactly_the_ratio(
     report = load_report(run(tiny_llama, tmp_path / "out", documents, **options))
     assert report.allocation is not None
     assert report.summary is not None
-    assert len(set(report.allocation["layers"])) > 1  # the layers do differ
+    assert len(set(report.allocation["operators"].values())) > 1  # they do differ
     assert report.summary["zeros"] == round(0.7 * report.summary["weights"])
     assert verify(tmp_path / "out") == []
 
@@ -116,7 +139,7 @@ def test_layers_without_operators_take_no_part_in_the_budget(
     report = load_report(out)
     assert report.allocation is not None
     assert report.summary is not None
-    assert report.allocation["curves"][0] is None
+    assert "0" not in report.allocation["layers"]
     assert report.summary["zeros"] == round(0.7 * report.summary["weights"])
     assert verify(out) == []
     with pytest.raises(UsageError, match="option scope: expected matrix beside allocate"):

@@ -30,7 +30,7 @@ from rsprune.windows import Split, Windows
 LAYERS = (3, 12, 22)
 LINEARS = ("q_proj", "o_proj", "up_proj", "down_proj")
 FISTA = {"iterations": 20, "xi": 0.3, "patience": 3, "lambda_start": 0.01, "damping": 0.01}
-PLUS = {"iterations": 20, "xi": 0.3, "patience": 3, "lambda_start": 0.05, "floor": False}
+PLUS = {"iterations": 20, "xi": 0.3, "patience": 3, "lambda_start": 0.05, "floor": None}
 SOLVERS = {
     "sparsegpt": lambda op: _core.sparsegpt(op, damping=0.01),
     "magnitude": _core.magnitude,

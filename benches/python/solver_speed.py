@@ -49,8 +49,8 @@ FISTA: dict[str, Any] = {
 }  # fmt: skip
 ONE_ROUND = {**FISTA, "xi": 1e9, "lambda_start": 1.5e-6}
 """lambda only falls, and leaves its range after the first round."""
-EFFORTS = ((5, 1), (10, 1), (20, 1), (20, 3))
-"""Iterations and patience that FISTA-plus is tried with, cheapest first."""
+EFFORTS = ((1, 2, 0), (1, 5, 1), (4, 5, 5), (12, 20, 20))
+"""Rounds, iterations of a round and polish steps that FISTA-plus is tried with, cheapest first."""
 PAUSE = 0.1  # seconds before a timing: idle threads of OpenMP and OpenBLAS spin for a while
 SAMPLE = 0.3  # seconds that a timing lasts at least, by repetition
 
@@ -190,10 +190,11 @@ def rivals(problem: Problem, goal: float, threads: int) -> Calls:
     No token is held out, so every method judges its points by the calibration error, as FISTA.
     """
     operator, calls = problem.operator, {}
-    for iterations, patience in EFFORTS:
-        plus = partial(_core.fista_plus, operator, xi=0.3, lambda_start=0.05, threads=threads,
-                       iterations=iterations, patience=patience)  # fmt: skip
-        calls = {f"fista-plus, {iterations} iterations, patience {patience}": plus}
+    for rounds, iterations, polish in EFFORTS:
+        plus = partial(_core.fista_plus, operator, xi=0.3, lambda_start=0.05, floor=None,
+                       patience=3, max_rounds=rounds, iterations=iterations, polish_steps=polish,
+                       threads=threads)  # fmt: skip
+        calls = {f"fista-plus, {rounds} rounds of {iterations}, polish {polish}": plus}
         if plus()[1]["error"] <= goal:
             break
     calls["admm"] = partial(_core.admm, operator, damping=0.01, slow=False, threads=threads)

@@ -135,7 +135,7 @@ def fista_plus(
     xi: float,
     patience: int,
     lambda_start: float,
-    floor: bool,
+    floor: str | None,
     max_rounds: int | None = None,
     polish_steps: int = 20,
     threads: int | None = None,

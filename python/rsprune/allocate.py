@@ -1,19 +1,24 @@
-"""Non-uniform sparsity: a budget over decoder layers from measured error curves (ours).
+"""Non-uniform sparsity: a budget over operators from measured error curves (ours).
 
-    min sum over layers of E_l(s_l)    subject to    sum N_l s_l = S N,   |s_l - S| <= RANGE
+    min sum over operators of E_o(s_o)    subject to    sum N_o s_o = S N,   s_o near S
 
-`E_l(s)` is the relative error of the layer's output, token by token, when its operators are pruned
-to sparsity `s` on the dense model's hidden states: what a layer adds to the hidden states stays
-there, so errors of all layers add up. Each curve is measured at three sparsities (SparseGPT, a few
+`E_o(s)` is the relative error of a decoder layer's output, token by token, when one of its linears
+is pruned to sparsity `s` on the dense model's hidden states: what a layer adds to the hidden states
+stays there, so errors of all layers add up. Those of a layer's operators are scaled to add up to
+its error with all of them pruned. Each curve is measured at three sparsities (SparseGPT, a few
 windows) and fitted by an exponential, `ln E = a + b s`, for which the budget has a closed form:
 
-    b_l E_l(s_l) = mu N_l    =>    s_l = (ln(mu N_l / b_l) - a_l) / b_l,   mu by bisection
+    b_o E_o(s_o) = mu N_o    =>    s_o = (ln(mu N_o / b_o) - a_o) / b_o,   mu by bisection
+
+The experts of a layer that have one role are one operator here.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+import re
+from collections import Counter
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -33,14 +38,16 @@ from rsprune.plan import Operator, Prepared, parse_pattern
 from rsprune.progress import Progress
 from rsprune.survey import IN_MEMORY, Seen, Spill, few, survey
 
-RANGE = 0.12
-"""How far a layer's sparsity may be from the mean one."""
+BELOW, ABOVE = 0.3, 0.15
+"""How far an operator's sparsity may be from the mean one."""
+GRID = (-0.2, 0.0, 0.1)
+"""Where its errors are measured, from the mean one."""
 DAMPING = 0.01
 
 
 @dataclass(frozen=True)
 class Curve:
-    """`ln E = intercept + slope * s` of one decoder layer with `weights` prunable weights."""
+    """`ln E = intercept + slope * s` of one operator with `weights` weights."""
 
     intercept: float
     slope: float
@@ -66,39 +73,48 @@ class Curve:
         return min(max(free, low), high)
 
 
-def allocate(layers: Sequence[Curve | None], sparsity: float) -> list[float]:
-    """The sparsity of every layer, by bisection of the multiplier.
+def bounds(sparsity: float) -> tuple[float, float]:
+    """The lowest and the highest sparsity of an operator where the mean is `sparsity`."""
+    return max(sparsity - BELOW, 0.0), min(sparsity + ABOVE, (1 + sparsity) / 2)
+
+
+def allocate(curves: Mapping[str, Curve], sparsity: float) -> dict[str, float]:
+    """The sparsity of every curve's operator, by bisection of the multiplier.
 
     Args:
-        layers: one curve per layer; None where nothing is pruned.
-        sparsity: what all curves together must have.
-
-    Returns:
-        One sparsity per layer; zero where nothing is pruned.
+        curves: by unit.
+        sparsity: what all together must have.
     """
-    low, high = max(sparsity - RANGE, 0.0), min(sparsity + RANGE, 0.99)
-    curves = [curve for curve in layers if curve is not None]
-    total = sum(curve.weights for curve in curves)
+    low, high = bounds(sparsity)
+    total = sum(curve.weights for curve in curves.values())
 
     def reached(log_mu: float) -> float:
-        return sum(c.weights * c.sparsity(log_mu, low, high) for c in curves) / total
+        return sum(c.weights * c.sparsity(log_mu, low, high) for c in curves.values()) / total
 
     left, right = -200.0, 200.0
     for _ in range(100):
         middle = (left + right) / 2
         left, right = (middle, right) if reached(middle) < sparsity else (left, middle)
-    return [0.0 if curve is None else curve.sparsity(right, low, high) for curve in layers]
+    return {unit: curve.sparsity(right, low, high) for unit, curve in curves.items()}
+
+
+def unit_of(operator: Operator) -> str:
+    """What an operator shares its curve with: experts of a layer that have one role."""
+    return f"{operator.layer} " + re.sub(r"\.\d+\.", ".*.", operator.linear)
 
 
 def exact_patterns(
-    operators: Sequence[Operator], layers: Sequence[float], sparsity: float
+    operators: Sequence[Operator], shares: Mapping[str, float], sparsity: float
 ) -> dict[str, _core.Pattern]:
     """A pattern for every operator so that the zeros of all together are exact.
 
-    What rounding leaves over is taken by the last operators, a zero each.
+    Args:
+        operators: all that are pruned.
+        shares: sparsities by unit. What rounding leaves over is taken by the last operators.
+        sparsity: of all together.
     """
     sizes = [o.rows * o.columns for o in operators]
-    zeros = [math.floor(layers[o.layer] * size) for o, size in zip(operators, sizes, strict=True)]
+    zeros = [math.floor(shares[unit_of(o)] * n) for o, n in zip(operators, sizes, strict=True)]
     missing = round(sparsity * sum(sizes)) - sum(zeros)
     step = 1 if missing > 0 else -1
     for i in range(abs(missing)):
@@ -109,6 +125,16 @@ def exact_patterns(
     }
 
 
+def layer_means(operators: Sequence[Operator], shares: Mapping[str, float]) -> dict[str, float]:
+    """The sparsity of every layer that has operators, for the eye."""
+    weights: Counter[int] = Counter()
+    zeros: dict[int, float] = {}
+    for o in operators:
+        weights[o.layer] += o.rows * o.columns
+        zeros[o.layer] = zeros.get(o.layer, 0.0) + shares[unit_of(o)] * o.rows * o.columns
+    return {str(layer): zeros[layer] / weights[layer] for layer in sorted(weights)}
+
+
 def measure(
     prepared: Prepared,
     windows: Tensor,
@@ -116,8 +142,8 @@ def measure(
     threads: int,
     progress: Progress,
     spill: Spill = IN_MEMORY,
-) -> list[Curve | None]:
-    """Error curves of all decoder layers, one in memory at a time.
+) -> dict[str, Curve]:
+    """Error curves by unit, one decoder layer in memory at a time.
 
     Args:
         prepared: the open model.
@@ -128,35 +154,69 @@ def measure(
         spill: where sums and what solvers hold lie.
     """
     target = parse_pattern(config).sparsity
-    curves: list[Curve | None] = []
+    curves: dict[str, Curve] = {}
     for seen in survey(prepared, windows, few(len(windows)), threads, spill.sums):
-        curve = _curve(prepared, seen, target, spill.solver)
-        curves.append(curve)
-        progress.step(f"layer {seen.index + 1}", None if curve is None else curve.error(target))
+        found = _layer_curves(prepared, seen, target, spill.solver)
+        curves |= found
+        errors = [curve.error(target) for curve in found.values()]
+        progress.step(f"layer {seen.index + 1}", sum(errors) if errors else None)
     return curves
 
 
-def _curve(prepared: Prepared, seen: Seen, target: float, spill: Path | None) -> Curve | None:
+def _layer_curves(
+    prepared: Prepared, seen: Seen, target: float, spill: Path | None
+) -> dict[str, Curve]:
+    """The curves of one layer; their errors at `target` add up to its own with all pruned."""
+    low, high = bounds(target)
+    grid = [min(max(target + d, low), high) for d in GRID]
+    pruned = _pruned_layer(prepared, seen, grid, spill)
+    units: dict[str, list[Operator]] = {}
+    for operator in prepared.plan.operators:
+        if operator.layer == seen.index:
+            units.setdefault(unit_of(operator), []).append(operator)
+    if not units:
+        return {}
+    names = {unit: [f"{o.linear}.weight" for o in found] for unit, found in units.items()}
+    errors = {
+        unit: [_error(seen, {n: values[n] for n in names[unit]}) for values in pruned]
+        for unit in units
+    }
+    at_target = GRID.index(0.0)
+    apart = sum(found[at_target] for found in errors.values())
+    scale = _error(seen, pruned[at_target]) / max(apart, 1e-30)
+    return {
+        unit: Curve.fit(
+            [(s, scale * e) for s, e in zip(grid, errors[unit], strict=True)],
+            sum(o.rows * o.columns for o in found),
+        )
+        for unit, found in units.items()
+    }
+
+
+def _pruned_layer(
+    prepared: Prepared, seen: Seen, grid: Sequence[float], spill: Path | None
+) -> list[dict[str, Tensor]]:
+    """The weights of a layer's operators at every sparsity of the grid, by name in the layer."""
     job, hidden = seen.job, seen.hidden
     operators = {o.linear: o for o in prepared.plan.operators if o.layer == seen.index}
-    grid = [min(max(target + d, 0.0), 0.98) for d in (-RANGE, 0.0, RANGE)]
-    solved: list[dict[str, Tensor]] = [{} for _ in grid]
+    pruned: list[dict[str, Tensor]] = [{} for _ in grid]
     for group, sums in job.groups(hidden, hidden):
         for linear in group.linears:
             if linear in operators:
-                for sparsity, values in zip(grid, solved, strict=True):
+                for sparsity, values in zip(grid, pruned, strict=True):
                     task = _task(prepared, operators[linear], sums.calibration, sparsity, spill)
                     stored = _pruned(task, operators[linear], job.threads)
                     values[f"{linear}.weight"] = _as_held(stored, operators[linear], job)
-    if not operators:
-        return None
+    return pruned
+
+
+def _error(seen: Seen, values: dict[str, Tensor]) -> float:
+    """What the layer's output loses with these weights, on the windows that judge."""
+    job = seen.job
+    layer = with_parameters(job.layer, values)
     judged = range(job.split.calibration, job.split.count) or range(job.split.count)
-    points = []
-    for sparsity, values in zip(grid, solved, strict=True):
-        layer = with_parameters(job.layer, values)
-        errors = [relative_error(layer, job.kwargs, hidden, job.outputs, w) for w in judged]
-        points.append((sparsity, float(sum(errors)) / len(errors)))
-    return Curve.fit(points, sum(o.rows * o.columns for o in operators.values()))
+    errors = [relative_error(layer, job.kwargs, seen.hidden, job.outputs, w) for w in judged]
+    return float(sum(errors)) / len(errors)
 
 
 def _pruned(task: Task, operator: Operator, threads: int) -> NDArray[Any]:

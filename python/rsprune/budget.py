@@ -1,6 +1,6 @@
 """What is decided about all operators before the first is pruned, and kept in the journal.
 
---allocate       sparsity by layers              see `allocate`
+--allocate       sparsity by operators           see `allocate`
 pbs2p            N of N:8 by layers              see `codes`
 pbs2p-exact      a code by operators             see `codes`
 """
@@ -13,7 +13,7 @@ from typing import Any
 from torch import Tensor
 
 from rsprune import _core
-from rsprune.allocate import allocate, exact_patterns, measure
+from rsprune.allocate import allocate, exact_patterns, layer_means, measure
 from rsprune.codes import coarse, knapsack, losses, redundancy
 from rsprune.config import Config
 from rsprune.methods.pbs2p_exact import DEFAULT_BITS, Planes
@@ -58,10 +58,11 @@ def decide(
             "true_bits": sum(c.bits for c in chosen) / sizes,
         }
     curves = measure(prepared, windows, config, threads, progress, spill)
-    layers = allocate(curves, parse_pattern(config).sparsity)
+    shares = allocate(curves, parse_pattern(config).sparsity)
     return {
-        "layers": layers,
-        "curves": [curve and [curve.intercept, curve.slope] for curve in curves],
+        "operators": shares,
+        "layers": layer_means(prepared.plan.operators, shares),
+        "curves": {unit: [curve.intercept, curve.slope] for unit, curve in curves.items()},
     }
 
 
@@ -79,7 +80,7 @@ def patterns(
         return {o.name: _core.Pattern(f"{decided['layers'][o.layer]}:8", "row") for o in operators}
     if config.method == "pbs2p-exact":
         return {o.name: Planes.of(decided["codes"][o.name]).pattern for o in operators}
-    return exact_patterns(operators, decided["layers"], parse_pattern(config).sparsity)
+    return exact_patterns(operators, decided["operators"], parse_pattern(config).sparsity)
 
 
 def residuals(decided: Mapping[str, Any]) -> dict[str, _core.Pattern]:

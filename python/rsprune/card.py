@@ -92,7 +92,8 @@ def model_card(report: Report, *, source_card: str | None, base_model: str) -> s
 
 def _target(report: Report, config: dict[str, Any]) -> str:
     if (bits := report.packed_bits) is not None:
-        return f"{bits:.2f} bits a weight where it is packed"
+        where = "where it is packed" if report.packed else "if it were packed"
+        return f"{bits:.2f} bits a weight {where}"
     return f"pruned to {config.get('pattern')}"
 
 
@@ -144,13 +145,10 @@ def title(base_model: str) -> str:
 def _what_was_done(report: Report, config: dict[str, Any], base_model: str) -> str:
     run, summary = report.run, report.summary or {}
     if report.packed_bits is not None:
-        nominal = [record["nominal_bits"] for record in report.tensors if "nominal_bits" in record]
         return (
             f"`{base_model}` ({run.get('architecture')}, {run.get('layers')} decoder layers), "
-            f"coded by rsprune {run.get('version')} with the method `{config.get('method')}`: "
-            f"packed, {len(report.tensors)} tensors take {report.packed_bits:.3f} bits a weight, "
-            f"everything counted (nominal, as papers count: {min(nominal):.2f} to "
-            f"{max(nominal):.2f}). {_what_else(config)}\n"
+            f"coded by rsprune {run.get('version')} with the method `{config.get('method')}`. "
+            f"Bits per weight: {report.bits}. {_if_packed(report)}{_what_else(config)}\n"
         )
     weights, zeros = summary.get("weights") or 0, summary.get("zeros") or 0
     share = f", {zeros / weights:.1%} of these weights are zero" if weights else ""
@@ -160,6 +158,16 @@ def _what_was_done(report: Report, config: dict[str, Any], base_model: str) -> s
         f"`{config.get('pattern')}`: {len(report.tensors)} tensors were pruned{share}. "
         f"{f'Bits per weight: {report.bits}. ' if report.bits else ''}"
         f"{_what_else(config)}\n"
+    )
+
+
+def _if_packed(report: Report) -> str:
+    """What a folder would take that stores its codes as ordinary weights."""
+    if report.packed:
+        return ""
+    return (
+        f"They are stored as ordinary weights; packed, {len(report.tensors)} tensors would take "
+        f"{report.packed_bits:.3f} bits a weight, everything counted. "
     )
 
 

@@ -6,8 +6,9 @@ PBS2P, by layers (published: the formula; ours: how c is found, how far N may be
     N_l = clamp(floor(N + c (I_l - 1) + 1/2), N - 2, N + 2),    mean of N_l over weights <= N
 
 The mean is no monotone function of c, so instead of a bisection all c at which a layer's N changes
-are looked at, up to that at which the first layer has an N at a bound (from there on layers only
-bunch at the bounds); of those with the mean closest to the target the largest is taken.
+are looked at. Of those whose mean misses the target by no more than a tenth (or one step of one
+layer), and that have at most half of the layers at a bound (beyond, they only bunch there), the
+largest is taken.
 
 PBS2P-exact, by operators (ours): a knapsack on losses that are measured code by code,
 
@@ -39,6 +40,8 @@ from rsprune.survey import IN_MEMORY, Spill, few, survey
 
 SPAN = 2
 """How far a layer's N may be from the target."""
+SHORT = 0.1
+"""How far below the target their mean may be."""
 ROWS = 192
 """Rows by which a code's loss is measured, or a few more."""
 
@@ -86,14 +89,14 @@ def coarse(importance: Sequence[float], weights: Sequence[int], target: int) -> 
     distances = [abs(i - 1) for i in importance if abs(i - 1) > 1e-9]
     # Between two of these no N changes.
     changes = {(k + 0.5) / distance for distance in distances for k in range(SPAN)}
-    last = (SPAN - 0.5) / max(distances, default=1.0)
-    best = (0.0, 0.0, layers(0.0))
-    for c in sorted(c for c in changes if c <= last):
+    best, most = layers(0.0), max(max(weights), SHORT * sum(weights))
+    for c in sorted(changes):
         found = layers(c * (1 + 1e-9))
         short = sum(w * (target - n) for w, n in zip(weights, found, strict=True))
-        if short >= 0 and (-short, c) >= best[:2]:
-            best = (-float(short), c, found)
-    return best[2]
+        bunched = sum(n in (low, high) for n in found)
+        if 0 <= short <= most and 2 * bunched <= len(found):
+            best = found
+    return best
 
 
 def losses(
@@ -106,6 +109,7 @@ def losses(
 ) -> dict[str, list[Choice]]:
     """Every operator with every code near the budget, on the dense model's hidden states."""
     found: dict[str, list[Choice]] = {}
+    unseen: list[str] = []
     shapes = [(o.rows, o.columns) for o in prepared.plan.operators]
     codes = measured_codes(config.bits or DEFAULT_BITS, shapes)
     for seen in survey(prepared, windows, few(len(windows)), threads, spill.sums):
@@ -125,10 +129,31 @@ def losses(
                     found[operator.name] = [
                         _choice(code, task, weight.size, config.damping, threads) for code in codes
                     ]
+                    if sums.calibration.tokens == 0:
+                        unseen.append(operator.name)
                 except ValueError as error:
                     raise RspruneError(f"{operator.name}: {error}") from None
         progress.step(f"layer {seen.index + 1}")
-    return found
+    if unseen:
+        progress.note(
+            f"warning: {len(unseen)} experts' linears saw no token of the windows that codes are "
+            f"chosen by ({unseen[0]}, ...): their losses are taken to be the mean ones"
+        )
+    return with_mean_losses(found, unseen)
+
+
+def with_mean_losses(
+    found: dict[str, list[Choice]], unseen: Sequence[str]
+) -> dict[str, list[Choice]]:
+    """The same with the mean losses of all others, code by code, for what has seen no token."""
+    others = [choices for name, choices in found.items() if name not in set(unseen)]
+    if not others or not unseen:
+        return found
+    mean = [math.fsum(c.loss for c in same) / len(others) for same in zip(*others, strict=True)]
+    return found | {
+        name: [c._replace(loss=loss) for c, loss in zip(found[name], mean, strict=True)]
+        for name in unseen
+    }
 
 
 def _choice(code: str, task: Task, weights: int, damping: float, threads: int) -> Choice:

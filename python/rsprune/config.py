@@ -71,8 +71,8 @@ class Config(BaseModel):
     """Whether kept weights are solved again after the method, guarded by held-out error."""
     search: bool = False
     """Whether a local search over the mask follows the method, guarded by held-out error."""
-    polish_steps: int = Field(default=20, ge=1)
-    """Conjugate gradient steps of a refit; a local search has a quarter as many sweeps."""
+    polish_steps: int = Field(default=20, ge=0)
+    """Steps of a refit; a local search has a quarter as many sweeps. With 0 there is neither."""
 
     damping: float = Field(default=0.01, ge=0.0, le=1.0)
     """SparseGPT, ADMM, binary methods: added to the Gram's diagonal, relative to its mean."""

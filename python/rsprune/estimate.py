@@ -18,6 +18,7 @@ import numpy as np
 import torch
 
 from rsprune import _core, methods
+from rsprune.allocate import GRID, unit_of
 from rsprune.codes import ROWS
 from rsprune.config import Config
 from rsprune.experts import ExpertLinear
@@ -26,6 +27,7 @@ from rsprune.methods.base import Inputs
 from rsprune.methods.pbs2p_exact import DEFAULT_BITS, measured_codes
 from rsprune.plan import Plan, Prepared
 from rsprune.skeleton import Skeleton
+from rsprune.windows import FEW
 
 PROBE_SECONDS = 0.7
 PROBE_WIDTH = 1024
@@ -114,6 +116,10 @@ def stages(prepared: Prepared, config: Config, speeds: Speeds) -> list[Stage]:
             )
             tried = sum(2 * min(o.rows, ROWS) * o.columns**2 for o in plan.operators)
             seconds += len(codes) * products * tried / speeds.solver
+        if config.allocate:
+            seconds += len(GRID) * 2 * steps / speeds.solver  # SparseGPT: about two products
+            runs = 1 + len(GRID) * len({unit_of(o) for o in plan.operators}) / plan.layers
+            seconds += runs * FEW.heldout / config.samples * forward
         found.insert(1, stage("allocate", seconds, weights, 0))
     if config.tune_block:
         # Backward is two forward passes; a window is judged once a pass over all.

@@ -149,7 +149,7 @@ class LayerRun:
         if operator.expert is not None and self.scratch is not None:
             weight = self.scratch.keep(weight)
         self.changed[operator.name] = self.job.set_weight(linear, weight, operator.dtype)
-        if given is not None:
+        if given is not None and self.config.format == "packed":
             self.given[operator.name] = given
         residual = self.residuals.get(operator.name)
         scope = self.config.scope or methods.get(self.config.method).scope

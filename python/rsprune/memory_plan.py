@@ -126,7 +126,7 @@ def memory_parts(
         "python, torch and the model's structure": rss_anon(),
         # Widened for products one matrix at a time.
         "decoder layer (as stored)": skeleton.layer_bytes() * paths,
-        "pruned weights until they are written": apart,
+        "pruned weights until they are written": apart + _coded_bytes(operators, config),
         "Grams": grams,
         "solver": max(_resident_bytes(skeleton, operator, config) for operator in operators),
         "solver's matrices": max(_matrix_bytes(operator, config) for operator in operators),
@@ -179,6 +179,16 @@ def pruned_bytes(skeleton: Skeleton, operators: Sequence[Operator], *, experts: 
     return max(layers.values(), default=0)
 
 
+def _coded_bytes(operators: Sequence[Operator], config: Config) -> int:
+    """The packed forms of a layer that a method gives beside its weights: up to four bits each."""
+    if config.format != "packed" or config.method not in methods.CODED:
+        return 0
+    layers: Counter[int] = Counter()
+    for operator in operators:
+        layers[operator.layer] += math.ceil(operator.rows * operator.columns * 5 / 8)
+    return max(layers.values(), default=0)
+
+
 def _tuning_bytes(layer: int, width: int, skeleton: Skeleton, config: Config) -> int:
     """Leaf, gradients, moments and best state of a layer, and what backward passes remember."""
     if not config.tune_block:
@@ -198,10 +208,11 @@ def _routing_bytes(skeleton: Skeleton, config: Config) -> int:
 
 
 def _budget_bytes(skeleton: Skeleton, operators: Sequence[Operator], config: Config) -> int:
-    """Two stores of a few windows, and a layer pruned to three sparsities: experts as stored."""
+    """Stores of a few windows, and a layer pruned to three sparsities: experts as stored."""
     if not methods.differ(config):
         return 0
-    stores = 2 * min(FEW.count, config.samples) * config.seq_len * skeleton.channels * 4
+    kinds = 3 if any(operator.expert is not None for operator in operators) else 2
+    stores = kinds * min(FEW.count, config.samples) * config.seq_len * skeleton.channels * 4
     if not config.allocate:
         return stores
     layers: Counter[int] = Counter()

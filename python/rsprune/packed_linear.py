@@ -15,6 +15,7 @@ types whatever the model is cast to: they are bits, and a scale that is rounded 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -141,11 +142,12 @@ class PackedLinear(nn.Module):
         Raises:
             RuntimeError: a gradient is wanted: now in training mode, else in the backward pass.
         """
-        if not (torch.is_grad_enabled() and input.requires_grad):
+        trained = self.bias is not None and self.bias.requires_grad
+        if not (torch.is_grad_enabled() and (input.requires_grad or trained)):
             return COMPUTE[self.compute](self, input)
         if self.training:
             raise RuntimeError(NO_GRADIENT)
-        result: Tensor = _NoGradient.apply(input, self)
+        result: Tensor = _NoGradient.apply(input, self, self.bias)
         return result
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> PackedLinear:
@@ -166,7 +168,7 @@ class _NoGradient(torch.autograd.Function):
     """A product that can be had but not differentiated."""
 
     @staticmethod
-    def forward(ctx: Any, input: Tensor, linear: PackedLinear) -> Tensor:
+    def forward(ctx: Any, input: Tensor, linear: PackedLinear, bias: Tensor | None) -> Tensor:
         return COMPUTE[linear.compute](linear, input)
 
     @staticmethod
@@ -249,14 +251,18 @@ def int8_errors(model: nn.Module, *args: Any, **inputs: Any) -> dict[str, float]
     Returns:
         Relative errors by name, of all linears whose weights are packed as signs.
     """
-    errors: dict[str, float] = {}
+    squares: dict[str, float] = {}
+    tokens: dict[str, int] = {}
     hooks = []
     for name, module in model.named_modules():
         if isinstance(module, PackedLinear) and module.kind == "signs":
 
             def measure(linear: PackedLinear, args: tuple[Tensor, ...], name: str = name) -> None:
-                threads = torch.get_num_threads()
-                errors[name] = linear.matrix().int8_error(_tokens(args[0]), threads=threads)
+                x, threads = _tokens(args[0]), torch.get_num_threads()
+                if len(x):  # a linear may be called several times, an expert without tokens
+                    error = linear.matrix().int8_error(x, threads=threads)
+                    squares[name] = squares.get(name, 0.0) + len(x) * error**2
+                    tokens[name] = tokens.get(name, 0) + len(x)
 
             hooks.append(module.register_forward_pre_hook(measure))
     try:
@@ -265,4 +271,4 @@ def int8_errors(model: nn.Module, *args: Any, **inputs: Any) -> dict[str, float]
     finally:
         for hook in hooks:
             hook.remove()
-    return errors
+    return {name: math.sqrt(squares[name] / tokens[name]) for name in squares}

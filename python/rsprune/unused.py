@@ -12,7 +12,7 @@ METHODS = {
     "damping": ("sparsegpt", "admm", "fista", "pbs2p", "pbs2p-exact", "billm", "arb", "gptq"),
     "rho_schedule": ("admm",),
     "budget": ("best",),
-    "warm_start": ("fista",),
+    "warm_start": ("fista", "fista-plus"),
     "iterations": ("fista", "fista-plus"),
     "xi": ("fista", "fista-plus"),
     "patience": ("fista", "fista-plus"),

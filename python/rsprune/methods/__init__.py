@@ -16,7 +16,7 @@ from rsprune.methods.fista_plus import FistaPlus
 from rsprune.methods.gptq import GPTQ
 from rsprune.methods.magnitude import Magnitude
 from rsprune.methods.pbs2p import PBS2P
-from rsprune.methods.pbs2p_exact import PBS2PExact
+from rsprune.methods.pbs2p_exact import PBS2PExact, fixed
 from rsprune.methods.polish import WORKSPACE as POLISH
 from rsprune.methods.polish import polish
 from rsprune.methods.sparsegpt import SparseGPT
@@ -77,7 +77,9 @@ def get(name: str) -> Method:
 
 def differ(config: Config) -> bool:
     """Whether operators differ in what they are pruned to, which is decided before the first is."""
-    return config.allocate or config.method in ("pbs2p", "pbs2p-exact")
+    if config.method == "pbs2p-exact":
+        return not fixed(config)
+    return config.allocate or config.method == "pbs2p"
 
 
 def workspaces(config: Config, columns: int) -> list[Workspace]:

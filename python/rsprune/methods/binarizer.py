@@ -11,6 +11,8 @@ from rsprune.methods.base import Inputs, Workspace
 
 CHANGERS = ("refit", "search", "tune_block", "allocate", "permute")
 """Options of steps that treat weights as numbers of their own."""
+DEFAULT_PATTERN: str = Config.model_fields["pattern"].default
+"""Stands for a pattern that nobody has asked for."""
 
 
 class Binarizer:
@@ -46,7 +48,7 @@ class Binarizer:
                 )
         if config.bits is not None:
             self._refuse("bits", config)
-        if config.pattern != Config.model_fields["pattern"].default:
+        if config.pattern != DEFAULT_PATTERN:
             self._refuse("pattern", config)
         return self.coded
 

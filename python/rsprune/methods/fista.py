@@ -45,11 +45,10 @@ class Fista:
         self, operator: Operator, config: Config, *, model_type: str, threads: int | None
     ) -> Pruned:
         """See `Method.solve`."""
-        published = "sparsegpt" if model_type == "opt" else "wanda"
         return Pruned(
             *_core.fista(
                 operator,
-                warm_start=published if config.warm_start == "auto" else config.warm_start,
+                warm_start=start_of(config, model_type),
                 iterations=config.iterations,
                 xi=config.xi,
                 patience=config.patience,
@@ -59,3 +58,10 @@ class Fista:
                 threads=threads,
             )
         )
+
+
+def start_of(config: Config, model_type: str) -> str:
+    """The warm start: the user's, or the published one (SparseGPT for OPT, Wanda for Llama)."""
+    if config.warm_start != "auto":
+        return config.warm_start
+    return "sparsegpt" if model_type == "opt" else "wanda"

@@ -14,7 +14,7 @@ from typing import Literal
 from rsprune import _core
 from rsprune.config import Config
 from rsprune.methods.base import BLENDED, Operator, Pruned, Workspace
-from rsprune.methods.fista import TYPICAL_ROUNDS
+from rsprune.methods.fista import TYPICAL_ROUNDS, start_of
 
 LAMBDA_START = 0.05
 """In units of the scaled weights' rms."""
@@ -57,7 +57,7 @@ class FistaPlus:
                 max_rounds=config.max_rounds,
                 polish_steps=config.polish_steps,
                 lambda_start=config.lambda_start or LAMBDA_START,
-                floor=True,
+                floor=start_of(config, model_type),
                 threads=threads,
             )
         )

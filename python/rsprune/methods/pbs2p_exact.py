@@ -18,15 +18,21 @@ from rsprune import _core
 from rsprune.config import Config
 from rsprune.errors import UsageError
 from rsprune.methods.base import Operator, Packed, Pruned
-from rsprune.methods.binarizer import Binarizer
+from rsprune.methods.binarizer import DEFAULT_PATTERN, Binarizer
 
 CODES = ("2:8", "8:8", "3:8", "3:4", "4:8", "5:8", "8:8 + 1:8", "8:8 + 2:8", "8:8 + 8:8")
 """By bits; after a plus that of a second plane of signs. 4:8 and 5:8 take the same; 5:8 errs about
 5 % less where no few weights are large."""
 REACH = 0.75
-"""Codes that take more or fewer bits than asked by this are not measured."""
+"""Codes that take more or fewer bits than asked by this are not measured. Nor are second planes
+where one suffices: such weights have no kernels, no int8 products and no ternary type in GGUF."""
 DEFAULT_BITS = 1.0
 """True bits a weight."""
+
+
+def fixed(config: Config) -> bool:
+    """Whether the user names the code of all operators."""
+    return config.pattern != DEFAULT_PATTERN
 
 
 class Planes(NamedTuple):
@@ -58,12 +64,15 @@ def mean_bits(code: str, shapes: Sequence[tuple[int, int]]) -> float:
 def measured_codes(asked: float, shapes: Sequence[tuple[int, int]]) -> list[str]:
     """The codes worth measuring for a budget: those near it, and the largest that fits into it."""
     bits = {code: mean_bits(code, shapes) for code in CODES}
-    largest = max((code for code in CODES if bits[code] <= asked), key=lambda code: bits[code])
-    return [code for code in CODES if abs(bits[code] - asked) <= REACH or code == largest]
+    one_plane = {code: bits[code] for code in CODES if Planes.of(code).residual is None}
+    if asked <= max(one_plane.values()):
+        bits = one_plane
+    largest = max((code for code in bits if bits[code] <= asked), key=lambda code: bits[code])
+    return [code for code in bits if abs(bits[code] - asked) <= REACH or code == largest]
 
 
 class PBS2PExact(Binarizer):
-    """`--bits` of 0.94 and more, everything counted."""
+    """`--bits` of 0.94 and more, everything counted; or one code for all, `--pattern 8:8`."""
 
     name = "pbs2p-exact"
     source = "rsprune; objective of PBS2P, arXiv 2502.01705"
@@ -71,10 +80,25 @@ class PBS2PExact(Binarizer):
 
     def check(self, config: Config) -> str:
         """See `Binarizer.check`; bits that are too few for the shapes are refused by the plan."""
-        return super().check(config.model_copy(update={"bits": None}))
+        super().check(config.model_copy(update={"bits": None, "pattern": DEFAULT_PATTERN}))
+        if not fixed(config):
+            return self.coded
+        codes = [code for code in CODES if Planes.of(code).residual is None]
+        if config.pattern not in codes:
+            raise UsageError(
+                f"option pattern: pbs2p-exact expects one of {', '.join(codes)}, "
+                f"found {config.pattern}"
+            )
+        if config.bits is not None:
+            raise UsageError(
+                f"option bits: expected none beside a pattern for all, found {config.bits:g}"
+            )
+        return config.pattern
 
     def check_shapes(self, shapes: Sequence[tuple[int, int]], config: Config) -> list[str]:
         """See `Binarizer.check_shapes`."""
+        if fixed(config):
+            return []
         asked = config.bits or DEFAULT_BITS
         smallest, largest = mean_bits(CODES[0], shapes), mean_bits(CODES[-1], shapes)
         if asked < smallest:

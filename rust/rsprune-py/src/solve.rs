@@ -168,23 +168,27 @@ fn fista<'py>(
     max_rounds: Option<usize>,
     threads: Option<usize>,
 ) -> PyResult<Pruned<'py>> {
-    let warm_start = match warm_start {
-        "wanda" => WarmStart::Wanda,
-        "sparsegpt" => WarmStart::SparseGpt,
-        other => {
-            let message = format!("warm_start {other:?}: expected \"wanda\" or \"sparsegpt\"");
-            return Err(PyValueError::new_err(message));
-        }
-    };
-    let lambda = lambda_start;
+    let (warm_start, lambda) = (parse_start("warm_start", warm_start)?, lambda_start);
     let max_rounds = max_rounds.unwrap_or(FistaOptions::default().max_rounds);
     let options =
         FistaOptions { iterations, xi, patience, max_rounds, lambda, damping, warm_start };
     solve_with(py, &operator, threads, |job, task| solve::fista(job, task, &options))
 }
 
-/// FISTA in scaled variables with restarts, refits and a held-out choice; with `floor` the published
-/// method is run as well, under the same caps, and the result is never worse than its.
+fn parse_start(option: &str, name: &str) -> PyResult<WarmStart> {
+    match name {
+        "wanda" => Ok(WarmStart::Wanda),
+        "sparsegpt" => Ok(WarmStart::SparseGpt),
+        other => {
+            let message = format!("{option} {other:?}: expected \"wanda\" or \"sparsegpt\"");
+            Err(PyValueError::new_err(message))
+        }
+    }
+}
+
+/// FISTA in scaled variables with restarts, refits and a held-out choice; with `floor`, a warm start,
+/// the published method is run from there as well, under the same caps, and the result is never
+/// worse than its.
 #[pyfunction]
 #[pyo3(signature = (operator, *, iterations, xi, patience, lambda_start, floor, max_rounds = None, polish_steps = 20, threads = None))]
 #[allow(clippy::too_many_arguments)] // the method's constants, by keyword
@@ -195,7 +199,7 @@ fn fista_plus<'py>(
     xi: f64,
     patience: usize,
     lambda_start: f64,
-    floor: bool,
+    floor: Option<&str>,
     max_rounds: Option<usize>,
     polish_steps: usize,
     threads: Option<usize>,
@@ -204,10 +208,11 @@ fn fista_plus<'py>(
     let published = FistaOptions {
         iterations: iterations.min(published.iterations),
         max_rounds: max_rounds.unwrap_or(published.max_rounds),
+        warm_start: floor.map_or(Ok(published.warm_start), |name| parse_start("floor", name))?,
         ..published
     };
     let options = FistaPlusOptions {
-        floor: floor.then_some(published),
+        floor: floor.map(|_| published),
         iterations,
         xi,
         patience,

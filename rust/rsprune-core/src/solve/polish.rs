@@ -37,9 +37,10 @@ impl Default for PolishOptions {
 }
 
 impl PolishOptions {
-    /// Both, with so many steps and a quarter as many sweeps.
+    /// Both, with so many steps and a quarter as many sweeps; neither where that is none.
     pub fn of(steps: usize) -> PolishOptions {
-        PolishOptions { refit: true, search: true, steps, sweeps: steps.div_ceil(4) }
+        let some = steps > 0;
+        PolishOptions { refit: some, search: some, steps, sweeps: steps.div_ceil(4) }
     }
 }
 
