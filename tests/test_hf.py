@@ -16,7 +16,7 @@ import torch
 from packed_models import Pair, binarized, pair_of
 from safetensors.torch import load_file, save_file
 from tiny_models import token_ids
-from transformers import AutoModelForCausalLM
+from transformers import AutoModel, AutoModelForCausalLM
 
 import rsprune
 from rsprune.errors import UsageError
@@ -78,6 +78,26 @@ def test_packed_experts_load(tiny: Callable[..., Path], documents: Path, tmp_pat
         assert torch.allclose(packed(ids).logits, dense(ids).logits, atol=1e-4)
     packed.save_pretrained(tmp_path / "saved")
     compat_check.same_tensors(pair.packed, tmp_path / "saved")
+
+
+@pytest.mark.parametrize("prefixed", [False, True])
+def test_what_is_saved_under_other_names_loads_again(
+    prefixed: bool, tiny: Callable[..., Path], documents: Path, tmp_path: Path
+) -> None:
+    """A causal model from a checkpoint of the base model, and the base model of a causal one."""
+    source, prefix = shutil.copytree(tiny("llama_tied"), tmp_path / "source"), "model."
+    if not prefixed:
+        (file,) = source.glob("*.safetensors")
+        tensors = {n.removeprefix(prefix): t.clone() for n, t in load_file(file).items()}
+        save_file(tensors, file, {"format": "pt"})
+    pair = pair_of(source, tmp_path, documents, "2:4", "magnitude")
+    kind: Any = AutoModel if prefixed else AutoModelForCausalLM
+    model = kind.from_pretrained(pair.packed, dtype=torch.float32)
+    model.save_pretrained(tmp_path / "saved")
+    again = kind.from_pretrained(tmp_path / "saved", dtype=torch.float32)
+    ids = token_ids(2, 16)
+    with torch.no_grad():
+        assert torch.equal(again(ids)[0], model(ids)[0])
 
 
 @pytest.mark.parametrize("order", ORDERS)

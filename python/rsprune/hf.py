@@ -10,7 +10,7 @@ files with its type and shape, and every packed linear must be a linear of the m
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -72,6 +72,13 @@ class RspruneConfig(QuantizationConfigMixin):  # type: ignore[misc]
         """How weights are packed, by their names on disk."""
         return self._packed
 
+    def rename(self, names: Mapping[str, str]) -> None:
+        """Gives linears other names, under which the model will be saved."""
+        for part in ("linears", "dense"):
+            entry = {names.get(name, name): value for name, value in getattr(self, part).items()}
+            setattr(self, part, entry)
+        self._packed = packed_weights(self.__dict__)
+
     def to_dict(self) -> dict[str, Any]:
         """The section as config.json holds it."""
         shown = {key: value for key, value in self.__dict__.items() if not key.startswith("_")}
@@ -126,6 +133,7 @@ class RspruneQuantizer(HfQuantizer):  # type: ignore[misc]
                 linear.set_parts(self._checkpoint.parts(name))
             for part in linear.parts.values():
                 part.requires_grad_(False)  # transformers gives a new parameter for what it loads
+        self.quantization_config.rename(_saved_names(model, self._linears))
         del self._checkpoint
         return model
 
@@ -201,6 +209,18 @@ def _module_name(model: Any, linear: str) -> str:
     raise UsageError(
         f"{linear}: packed as config.json says, but {type(model).__name__} has no such linear"
     )
+
+
+def _saved_names(model: Any, linears: Mapping[str, PackedLinear]) -> dict[str, str]:
+    """Linears of which `save_pretrained` writes the base model's prefix and the checkpoint did not
+    have it, or the other way round: name in the checkpoint -> name that will be written."""
+    prefix, found = f"{model.base_model_prefix}.", {}
+    names = {id(module): name for name, module in model.named_modules()}
+    for weight, linear in linears.items():
+        before, now = linear_of(weight), names[id(linear)]
+        if now in (prefix + before, before.removeprefix(prefix)) and now != before:
+            found[before] = now
+    return found
 
 
 def _forms(model: Any, name: str) -> Iterator[str]:

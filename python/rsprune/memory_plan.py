@@ -180,13 +180,14 @@ def pruned_bytes(skeleton: Skeleton, operators: Sequence[Operator], *, experts: 
 
 
 def _coded_bytes(operators: Sequence[Operator], config: Config) -> int:
-    """The packed forms of a layer that a method gives beside its weights: up to four bits each."""
-    if config.format != "packed" or config.method not in methods.CODED:
+    """The packed forms of a layer that a method gives beside its weights."""
+    method = methods.get(config.method)
+    if config.format != "packed" or not isinstance(method, methods.Binarizer):
         return 0
     layers: Counter[int] = Counter()
     for operator in operators:
-        layers[operator.layer] += math.ceil(operator.rows * operator.columns * 5 / 8)
-    return max(layers.values(), default=0)
+        layers[operator.layer] += operator.rows * operator.columns
+    return math.ceil(max(layers.values(), default=0) * method.most_bits(config) / 8)
 
 
 def _tuning_bytes(layer: int, width: int, skeleton: Skeleton, config: Config) -> int:

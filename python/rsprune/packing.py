@@ -168,6 +168,10 @@ def packed_weights(settings: Mapping[str, Any]) -> dict[str, PackedWeight]:
         raise ValueError("expected objects 'linears' and 'dense'")
     if names := ", ".join(sorted(linears.keys() ^ dense.keys())[:4]):
         raise ValueError(f"expected the same names in 'linears' and 'dense', not so for {names}")
+    if compute == "int8":
+        for linear, form in linears.items():
+            if not str(form).startswith("signs"):
+                raise ValueError(f"{linear}: expected signs beside compute 'int8', found {form!r}")
     return {f"{linear}.weight": _weight(linear, linears[linear], dense[linear]) for linear in dense}
 
 

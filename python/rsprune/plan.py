@@ -187,9 +187,14 @@ def _output_bytes(
     total = sum(tensor.nbytes for tensor in checkpoint.tensors.values())
     if config.format == "dense" or config.allocate:  # zeros are known in sum only
         return total
+    method = methods.get(config.method)
     for operator in operators:
         shape, dense = (operator.rows, operator.columns), checkpoint.tensors[operator.name].nbytes
-        total += planned_bytes(operator.dtype, shape, config.pattern, pattern.sparsity) - dense
+        if isinstance(method, methods.Binarizer):
+            packed = math.ceil(method.most_bits(config) * math.prod(shape) / 8)
+        else:
+            packed = planned_bytes(operator.dtype, shape, config.pattern, pattern.sparsity)
+        total += min(packed, dense) - dense
     return total
 
 

@@ -17,6 +17,10 @@ class ARB(Binarizer):
     name = "arb"
     source = "ARB-LLM, Li et al. 2024, arXiv 2410.03129"
 
+    def most_bits(self, config: Config) -> float:
+        """See `Binarizer.most_bits`."""
+        return 1.5
+
     def solve(
         self, operator: Operator, config: Config, *, model_type: str, threads: int | None
     ) -> Pruned:

@@ -30,6 +30,10 @@ class Binarizer:
         """See `Method.workspace`."""
         return Workspace(matrices=4, squares=0, resident=1, kept=1)
 
+    def most_bits(self, config: Config) -> float:
+        """Bits a weight that its packed form takes at most; a plan counts on them."""
+        return 3.5
+
     def products(self, config: Config) -> float:
         """See `Method.products`."""
         return 8.0

@@ -24,6 +24,10 @@ class GPTQ(Binarizer):
             raise UsageError(f"option bits: gptq expects 2, 3 or 4, found {config.bits:g}")
         return super().check(config.model_copy(update={"bits": None}))
 
+    def most_bits(self, config: Config) -> float:
+        """See `Binarizer.most_bits`."""
+        return (config.bits or DEFAULT_BITS) + 0.5
+
     def solve(
         self, operator: Operator, config: Config, *, model_type: str, threads: int | None
     ) -> Pruned:

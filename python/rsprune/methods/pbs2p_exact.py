@@ -112,6 +112,10 @@ class PBS2PExact(Binarizer):
             f"option bits: no code takes more than {largest:.4g} of these weights, asked {asked:g}"
         ]
 
+    def most_bits(self, config: Config) -> float:
+        """See `Binarizer.most_bits`."""
+        return 2.0 if fixed(config) else (config.bits or DEFAULT_BITS) + 0.1
+
     def solve(
         self, operator: Operator, config: Config, *, model_type: str, threads: int | None
     ) -> Pruned:
