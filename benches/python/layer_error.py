@@ -82,6 +82,7 @@ def main() -> None:
     parser.add_argument("--calibration", required=True)
     parser.add_argument("--pattern", default="2:4")
     parser.add_argument("--samples", type=int, default=12)
+    parser.add_argument("--solvers", nargs="+", choices=SOLVERS, default=list(SOLVERS))
     args = parser.parse_args()
     held = max(2, args.samples // 8)
     split = Split(args.samples - held, held)
@@ -90,7 +91,9 @@ def main() -> None:
         load_texts(args.calibration), load_tokenizer(args.model), samples=args.samples,
         seq_len=2048, seed=0,
     )  # fmt: skip
-    logs: dict[str, list[tuple[float, float]]] = {name: [] for name in SOLVERS}
+    logs: dict[str, list[tuple[float, float]]] = {
+        name: [] for name in dict.fromkeys(["sparsegpt", *args.solvers])
+    }
     for index, group, sums in groups(prepared, windows, split):
         for linear in group.linears:
             if not linear.endswith(LINEARS):
@@ -102,10 +105,10 @@ def main() -> None:
                 prepared.checkpoint.lend(name), prepared.checkpoint.tensors[name].dtype,
                 _core.Pattern(args.pattern, "matrix"), sums.calibration, sums.heldout,
             )  # fmt: skip
-            for solver, solve in SOLVERS.items():
-                certificate = solve(operator)[1]
+            for solver, found in logs.items():
+                certificate = SOLVERS[solver](operator)[1]
                 errors = certificate["error"], certificate["heldout_error"]
-                logs[solver].append(tuple(map(math.log, errors)))
+                found.append(tuple(map(math.log, errors)))
     print(f"{args.pattern}, geometric mean over 12 matrices, SparseGPT = 1\n")
     print("| solver | calibration | held out |\n|---|---|---|")
     for solver, values in logs.items():
