@@ -101,6 +101,17 @@ def test_two_planes_are_their_twin(case: Case, code: str) -> None:
     assert_like_the_twin(case, solve("pbs2p_residual", case.operator(code))[0], twin)
 
 
+@pytest.mark.parametrize("corrected", [False, True])
+def test_losses_of_many_codes_are_those_of_each(corrected: bool) -> None:
+    case = Case.random(48, 320, corrected=corrected)
+    codes = [("2:8", None), ("8:8", "1:8"), ("8:8", None), ("3:4", None), ("8:8", "8:8")]
+    planes = [tuple(p and _core.Pattern(p, "row") for p in code) for code in codes]
+    found = _core.pbs2p_losses(case.operator("8:8"), planes, threads=1, **DAMPING)
+    for (first, second), certificate in zip(codes, found, strict=True):
+        method = "pbs2p_exact" if second is None else "pbs2p_residual"
+        assert certificate == solve(method, case.operator(second or first))[1]
+
+
 @pytest.mark.parametrize("code", ["1:8", "2:8", "8:8"])
 def test_a_second_plane_errs_less(code: str) -> None:
     cases = [Case.random(48, 320, seed=seed, tokens=1200) for seed in range(3)]

@@ -38,6 +38,7 @@ __all__ = [
     "pair_distance",
     "pbs2p",
     "pbs2p_exact",
+    "pbs2p_losses",
     "pbs2p_residual",
     "plan_shard",
     "polish",
@@ -159,6 +160,13 @@ def pbs2p_exact(
 def pbs2p_residual(
     operator: _Operator, *, damping: float, threads: int | None = None
 ) -> _Packed: ...
+def pbs2p_losses(
+    operator: _Operator,
+    codes: list[tuple[Pattern, Pattern | None]],
+    *,
+    damping: float,
+    threads: int | None = None,
+) -> list[dict[str, Any]]: ...
 def pbs2p(operator: _Operator, *, damping: float, threads: int | None = None) -> _Packed: ...
 def billm(operator: _Operator, *, damping: float, threads: int | None = None) -> _Packed: ...
 def arb(operator: _Operator, *, damping: float, threads: int | None = None) -> _Packed: ...

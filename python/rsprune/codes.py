@@ -21,7 +21,6 @@ left of the budget goes to the changes that gain most per bit.
 
 from __future__ import annotations
 
-import dataclasses
 import math
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -30,10 +29,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from rsprune import _core
 from rsprune.config import Config
 from rsprune.errors import RspruneError
 from rsprune.methods.base import Operator as Task
-from rsprune.methods.pbs2p_exact import DEFAULT_BITS, Planes, measured_codes, solved
+from rsprune.methods.pbs2p_exact import DEFAULT_BITS, Planes, measured_codes
 from rsprune.plan import Prepared
 from rsprune.progress import Progress
 from rsprune.survey import IN_MEMORY, Spill, few, survey
@@ -126,9 +126,9 @@ def losses(
                     spill=spill.solver,
                 )
                 try:
-                    found[operator.name] = [
-                        _choice(code, task, weight.size, config.damping, threads) for code in codes
-                    ]
+                    found[operator.name] = _choices(
+                        codes, task, weight.size, config.damping, threads
+                    )
                     if sums.calibration.tokens == 0:
                         unseen.append(operator.name)
                 except ValueError as error:
@@ -156,13 +156,17 @@ def with_mean_losses(
     }
 
 
-def _choice(code: str, task: Task, weights: int, damping: float, threads: int) -> Choice:
-    planes = Planes.of(code)
-    task = dataclasses.replace(task, pattern=planes.pattern, residual=planes.residual)
-    certificate = solved(task, damping, threads).certificate
-    heldout = certificate["heldout_error"]
-    loss = certificate["error"] if heldout is None else heldout
-    return Choice(code, loss, certificate["packed_bits"] * weights)
+def _choices(
+    codes: Sequence[str], task: Task, weights: int, damping: float, threads: int
+) -> list[Choice]:
+    """All codes of an operator, from one factor of its Gram."""
+    found, planes = [], [(p.pattern, p.residual) for p in map(Planes.of, codes)]
+    certificates = _core.pbs2p_losses(task, planes, damping=damping, threads=threads)
+    for code, certificate in zip(codes, certificates, strict=True):
+        heldout = certificate["heldout_error"]
+        loss = certificate["error"] if heldout is None else heldout
+        found.append(Choice(code, loss, certificate["packed_bits"] * weights))
+    return found
 
 
 def knapsack(operators: Sequence[Sequence[Choice]], budget: float) -> list[Choice]:

@@ -120,13 +120,10 @@ class PBS2PExact(Binarizer):
         self, operator: Operator, config: Config, *, model_type: str, threads: int | None
     ) -> Pruned:
         """See `Method.solve`."""
-        return solved(operator, config.damping, threads)
-
-
-def solved(operator: Operator, damping: float, threads: int | None) -> Pruned:
-    """An operator with its code."""
-    if operator.residual is None:
-        return Pruned(*_core.pbs2p_exact(operator, damping=damping, threads=threads))
-    second = dataclasses.replace(operator, pattern=operator.residual)
-    weight, certificate, packed = _core.pbs2p_residual(second, damping=damping, threads=threads)
-    return Pruned(weight, certificate, Packed(*packed))
+        if operator.residual is None:
+            return Pruned(*_core.pbs2p_exact(operator, damping=config.damping, threads=threads))
+        second = dataclasses.replace(operator, pattern=operator.residual)
+        weight, certificate, packed = _core.pbs2p_residual(
+            second, damping=config.damping, threads=threads
+        )
+        return Pruned(weight, certificate, Packed(*packed))

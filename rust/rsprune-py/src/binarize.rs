@@ -1,7 +1,7 @@
 //! The methods that leave a bit or a few of a weight.
 
 use crate::errors::to_py;
-use crate::solve::{Operator, Pruned, pruned, solve_with, with_task};
+use crate::solve::{Operator, Pruned, certificate_dict, pruned, solve_with, with_task};
 use crate::statistics::Pattern;
 use numpy::PyArray1;
 use pyo3::exceptions::PyValueError;
@@ -69,6 +69,24 @@ fn pbs2p_residual<'py>(
     packed_with(py, &operator, threads, |job, task| core::exact_residual(job, task, damping))
 }
 
+/// Certificates of `pbs2p_exact` and `pbs2p_residual` with every one of `codes`: the pattern of the
+/// first plane of signs, and that of the second or None.
+#[pyfunction]
+#[pyo3(signature = (operator, codes, *, damping, threads = None))]
+fn pbs2p_losses<'py>(
+    py: Python<'py>,
+    operator: Operator<'py>,
+    codes: Vec<(Bound<'py, Pattern>, Option<Bound<'py, Pattern>>)>,
+    damping: f64,
+    threads: Option<usize>,
+) -> PyResult<Vec<Bound<'py, PyDict>>> {
+    let codes: Vec<core::Code> =
+        codes.iter().map(|(a, b)| (a.get().0, b.as_ref().map(|b| b.get().0))).collect();
+    let found =
+        with_task(py, &operator, threads, |job, task| core::losses(job, task, damping, &codes))?;
+    found.iter().map(|certificate| certificate_dict(py, certificate)).collect()
+}
+
 /// Stepwise pruning with binarization optimisation.
 #[pyfunction]
 #[pyo3(signature = (operator, *, damping, threads = None))]
@@ -129,6 +147,7 @@ fn signs_bits(pattern: &Bound<'_, Pattern>, columns: usize) -> PyResult<f64> {
 pub fn register(m: &Bound<'_, PyModule>) -> PyResult<()> {
     m.add_function(wrap_pyfunction!(pbs2p_exact, m)?)?;
     m.add_function(wrap_pyfunction!(pbs2p_residual, m)?)?;
+    m.add_function(wrap_pyfunction!(pbs2p_losses, m)?)?;
     m.add_function(wrap_pyfunction!(pbs2p, m)?)?;
     m.add_function(wrap_pyfunction!(billm, m)?)?;
     m.add_function(wrap_pyfunction!(arb, m)?)?;

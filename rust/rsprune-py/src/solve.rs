@@ -95,7 +95,7 @@ fn check_width(what: &str, statistics: &Statistics, columns: usize) -> PyResult<
     }
 }
 
-fn certificate_dict<'py>(py: Python<'py>, c: &Certificate) -> PyResult<Bound<'py, PyDict>> {
+pub fn certificate_dict<'py>(py: Python<'py>, c: &Certificate) -> PyResult<Bound<'py, PyDict>> {
     let dict = PyDict::new(py);
     dict.set_item("error", c.error)?;
     dict.set_item("heldout_error", c.heldout)?;

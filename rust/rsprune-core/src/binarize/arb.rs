@@ -24,7 +24,8 @@ const ROUNDS: usize = 15;
 /// Binarizes; packed as `row-column`.
 pub fn arb(job: &Job, task: &Task, damping: f64) -> Result<Packed> {
     let dense = dense_of(task)?;
-    let (values, found) = run(job, Factor::of(job, task, damping)?, &Solver { float: task.float })?;
+    let (values, found) =
+        run(job, &mut Factor::of(job, task, damping)?, &Solver { float: task.float })?;
     let rows = 0..dense.rows;
     let decisions = Decisions {
         minus: rows
@@ -50,6 +51,7 @@ struct Shared {
 
 impl BlockSolver for Solver {
     const WIDTH: usize = BLOCK;
+    const READS_METRIC: bool = false;
     type Shared = Shared;
     type Found = Vec<bool>;
 

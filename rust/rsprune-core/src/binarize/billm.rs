@@ -20,7 +20,8 @@ pub fn billm(job: &Job, task: &Task, damping: f64) -> Result<Packed> {
     let groups = Groups { keep: 8, of: 8 };
     let dense = dense_of(task)?;
     let layout = binary::layout(&dense, groups)?;
-    let (values, found) = run(job, Factor::of(job, task, damping)?, &Solver { float: task.float })?;
+    let (values, found) =
+        run(job, &mut Factor::of(job, task, damping)?, &Solver { float: task.float })?;
     let (decisions, signs) = decisions(&found, dense.rows, dense.cols);
     let bytes = binary::pack(&decisions, &dense, groups)?;
     let nominal = signs as f64 / values.len() as f64;
@@ -33,6 +34,7 @@ struct Solver {
 
 impl BlockSolver for Solver {
     const WIDTH: usize = BLOCK;
+    const READS_METRIC: bool = false;
     type Shared = Division;
     type Found = Coded;
 

@@ -45,11 +45,21 @@ pub enum Stage {
 
 /// Binarizes with the codes of the task's pattern (`2:8`, `8:8`, ...).
 pub fn exact(job: &Job, task: &Task, damping: f64, stage: Stage) -> Result<Solution> {
+    exact_from(job, task, &mut Factor::of(job, task, damping)?, stage)
+}
+
+/// The same with a factor at hand, which is left as it is unless compensation is as published.
+pub(super) fn exact_from(
+    job: &Job,
+    task: &Task,
+    factor: &mut Factor,
+    stage: Stage,
+) -> Result<Solution> {
     let (dense, groups) = (dense_of(task)?, groups_of(task.pattern)?);
     Pattern::KeepOf { keep: groups.keep, of: groups.of }.check("weight", dense.cols)?;
     let table = (stage == Stage::Search).then(|| CodeTable::new(groups));
     let solver = Solver { stage, groups, float: task.float, table };
-    let (values, _) = run(job, Factor::of(job, task, damping)?, &solver)?;
+    let (values, _) = run(job, factor, &solver)?;
     let mut solution = task.certify(job, values)?;
     let nominal = groups.keep as f64 / groups.of as f64;
     solution.certificate.bits = Some(Bits { exact: signs_bits(dense.cols, groups), nominal });
@@ -118,7 +128,7 @@ impl Shared {
         block: &Range<usize>,
         table: Option<&CodeTable>,
     ) -> Result<Shared> {
-        let (g, width) = (sweep.metric(block).to_vec(), block.len());
+        let (g, width) = (sweep.metric(job, block)?, block.len());
         let energies = match table {
             Some(table) => {
                 let of = table.of;

@@ -22,7 +22,7 @@ pub fn gptq(job: &Job, task: &Task, damping: f64, bits: usize) -> Result<Packed>
     let dense = dense_of(task)?;
     let layout = uniform::layout(&dense, bits)?;
     let solver = Solver { float: task.float, largest: ((1u16 << bits) - 1) as f32 };
-    let (values, found) = run(job, Factor::of(job, task, damping)?, &solver)?;
+    let (values, found) = run(job, &mut Factor::of(job, task, damping)?, &solver)?;
     let each = |row: usize| found.iter().map(move |(_, rows)| &rows[row]);
     let rows = 0..dense.rows;
     let decisions = Decisions {
@@ -47,6 +47,7 @@ struct Rounded {
 
 impl BlockSolver for Solver {
     const WIDTH: usize = GROUP;
+    const READS_METRIC: bool = false;
     /// `R_bb`.
     type Shared = Vec<f32>;
     type Found = Rounded;

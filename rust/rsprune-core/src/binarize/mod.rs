@@ -30,7 +30,7 @@ use crate::error::{Error, Result};
 use crate::pack::{Dense, Groups, Part, true_bits};
 use crate::par::Job;
 use crate::pattern::Pattern;
-use crate::solve::{Bits, Solution, Task};
+use crate::solve::{Bits, Certificate, Factor, Solution, Task};
 
 /// A solution with its packed form, where it cannot be worked out from the values alone.
 pub struct Packed {
@@ -40,6 +40,25 @@ pub struct Packed {
     pub format: String,
     /// Its parts, with their bytes.
     pub parts: Vec<(Part, Vec<u8>)>,
+}
+
+/// One code of `pbs2p-exact`: of the first plane of signs, and of the second where there is one.
+pub type Code = (Pattern, Option<Pattern>);
+
+/// What `pbs2p-exact` makes of a task with every one of `codes`, all from one factor.
+pub fn losses(job: &Job, task: &Task, damping: f64, codes: &[Code]) -> Result<Vec<Certificate>> {
+    let mut factor = Factor::of(job, task, damping)?;
+    let mut certificate = |&(first, second): &Code| match second {
+        None => {
+            let task = Task { pattern: first, ..*task };
+            Ok(exact::exact_from(job, &task, &mut factor, Stage::Search)?.certificate)
+        }
+        Some(pattern) => {
+            let task = Task { pattern, ..*task };
+            Ok(residual::residual_from(job, &task, &mut factor)?.solution.certificate)
+        }
+    };
+    codes.iter().map(&mut certificate).collect()
 }
 
 /// The weight of a task, as formats take it.

@@ -34,7 +34,7 @@ pub fn pbs2p(job: &Job, task: &Task, damping: f64) -> Result<Packed> {
     let (dense, groups) = (dense_of(task)?, groups_of(task.pattern)?);
     let layout = binary::layout(&dense, groups)?;
     let solver = Solver { float: task.float, groups };
-    let (values, found) = run(job, Factor::of(job, task, damping)?, &solver)?;
+    let (values, found) = run(job, &mut Factor::of(job, task, damping)?, &solver)?;
     let found: Vec<_> = found.into_iter().map(|(shared, rows)| (shared.division, rows)).collect();
     let (decisions, signs) = decisions(&found, dense.rows, dense.cols);
     let bytes = binary::pack(&decisions, &dense, groups)?;
@@ -68,7 +68,7 @@ impl BlockSolver for Solver {
     fn prepare(&self, job: &Job, sweep: &Sweep, block: &Range<usize>) -> Result<Shared> {
         Ok(Shared {
             division: Division::of(job, sweep, block)?,
-            metric: sweep.metric(block).to_vec(),
+            metric: sweep.metric(job, block)?,
             diagonal: block.clone().map(|j| sweep.diagonal(j)).collect(),
         })
     }

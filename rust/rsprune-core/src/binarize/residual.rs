@@ -27,12 +27,17 @@ const ROUNDS: usize = 2;
 
 /// Binarizes with dense signs and, on top of them, the codes of the task's pattern.
 pub fn exact_residual(job: &Job, task: &Task, damping: f64) -> Result<Packed> {
+    residual_from(job, task, &mut Factor::of(job, task, damping)?)
+}
+
+/// The same with a factor at hand, which is left as it is.
+pub(super) fn residual_from(job: &Job, task: &Task, factor: &mut Factor) -> Result<Packed> {
     let (dense, groups) = (dense_of(task)?, groups_of(task.pattern)?);
     let whole = Pattern::KeepOf { keep: FIRST.keep, of: FIRST.of };
     whole.check("weight", dense.cols)?;
     let tables = [FIRST, groups].map(CodeTable::new);
     let solver = Solver { groups, float: task.float, tables };
-    let (values, found) = run(job, Factor::of(job, task, damping)?, &solver)?;
+    let (values, found) = run(job, factor, &solver)?;
     let format = format!("residual {}:{}", groups.keep, groups.of);
     let packed = (format, residual::layout(&dense, groups)?, parts(&found, &dense, groups)?);
     let nominal = 1.0 + groups.keep as f64 / groups.of as f64;

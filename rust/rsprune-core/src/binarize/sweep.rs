@@ -15,7 +15,7 @@
 use crate::buffer::Buffer;
 use crate::error::Result;
 use crate::kernels::Kernel;
-use crate::linalg::{PackedB, ROW_BLOCK, Scratch, gemm, invert_upper};
+use crate::linalg::{PackedB, ROW_BLOCK, Scratch, dot, gemm, invert_upper};
 use crate::par::Job;
 use crate::solve::Factor;
 use std::ops::Range;
@@ -31,6 +31,8 @@ pub(super) enum Compensation {
 pub(super) trait BlockSolver: Sync {
     /// Columns of a block.
     const WIDTH: usize;
+    /// Whether it asks for [`Sweep::metric`]; as published that takes `n^3` operations.
+    const READS_METRIC: bool = true;
     /// What all rows of a block share.
     type Shared: Sync;
     /// What a row's block leaves beside its values.
@@ -45,13 +47,13 @@ pub(super) trait BlockSolver: Sync {
     fn solve(&self, shared: &Self::Shared, row: usize, values: &mut [f32]) -> Self::Found;
 }
 
-pub(super) struct Sweep {
+pub(super) struct Sweep<'a> {
     pub kernel: Kernel,
     pub n: usize,
     compensation: Compensation,
     /// `R`, or `U` where compensation is as published.
-    factor: Buffer,
-    /// Diagonal blocks of the metric, one behind the other.
+    factor: &'a [f32],
+    /// Diagonal blocks of the published metric, one behind the other: `U` does not tell them.
     metric: Vec<Vec<f32>>,
     width: usize,
     /// A row: `n` values (final left of the block, targets from there on), then `n` losses as the
@@ -63,13 +65,15 @@ pub(super) struct Sweep {
 pub(super) type Found<S> = (<S as BlockSolver>::Shared, Vec<<S as BlockSolver>::Found>);
 
 /// Runs `solver` over all blocks: the values `[m, n]`, and what it found in every block.
+///
+/// Published compensation inverts the factor in place; exact compensation leaves it as it is.
 pub(super) fn run<S: BlockSolver>(
     job: &Job,
-    factor: Factor,
+    factor: &mut Factor,
     solver: &S,
 ) -> Result<(Buffer, Vec<Found<S>>)> {
     let n = factor.n;
-    let mut sweep = Sweep::new(job, factor, S::WIDTH, solver.compensation())?;
+    let mut sweep = Sweep::new::<S>(job, factor, solver.compensation())?;
     let mut found = Vec::new();
     for first in (0..n).step_by(S::WIDTH) {
         let block = first..(first + S::WIDTH).min(n);
@@ -86,20 +90,29 @@ pub(super) fn run<S: BlockSolver>(
     Ok((values, found))
 }
 
-impl Sweep {
-    fn new(job: &Job, factor: Factor, width: usize, compensation: Compensation) -> Result<Sweep> {
-        let Factor { n, kernel, mut r, target } = factor;
-        let blocks = (0..n).step_by(width).map(|first| first..(first + width).min(n));
-        let metric = blocks.map(|b| metric(&r, n, &b, compensation)).collect();
+impl<'a> Sweep<'a> {
+    fn new<S: BlockSolver>(
+        job: &Job,
+        factor: &'a mut Factor,
+        compensation: Compensation,
+    ) -> Result<Sweep<'a>> {
+        let Factor { n, kernel, r, target } = factor;
+        let (n, kernel, width) = (*n, *kernel, S::WIDTH);
+        let published = compensation == Compensation::Published;
+        let mut metrics = Vec::new();
+        if published && S::READS_METRIC {
+            for first in (0..n).step_by(width) {
+                metrics.push(metric(job, r, n, first..(first + width).min(n), n)?);
+            }
+        }
         let mut state = job.zeros(2 * target.len())?;
         for (row, target) in state.chunks_exact_mut(2 * n).zip(target.chunks_exact(n)) {
             row[..n].copy_from_slice(target);
         }
-        drop(target);
-        if compensation == Compensation::Published {
-            invert_upper(job, &kernel, &mut r, n)?;
+        if published {
+            invert_upper(job, &kernel, r, n)?;
         }
-        Ok(Sweep { kernel, n, compensation, factor: r, metric, width, state })
+        Ok(Sweep { kernel, n, compensation, factor: r, metric: metrics, width, state })
     }
 
     pub fn rows(&self) -> usize {
@@ -112,8 +125,11 @@ impl Sweep {
     }
 
     /// The block's metric `[width, width]`.
-    pub fn metric(&self, block: &Range<usize>) -> &[f32] {
-        &self.metric[block.start / self.width]
+    pub fn metric(&self, job: &Job, block: &Range<usize>) -> Result<Vec<f32>> {
+        match self.compensation {
+            Compensation::Exact => metric(job, self.factor, self.n, block.clone(), block.end),
+            Compensation::Published => Ok(self.metric[block.start / self.width].clone()),
+        }
     }
 
     /// `R_jj`: its square is one over the diagonal of the remaining columns' `H^-1`.
@@ -194,21 +210,23 @@ impl Sweep {
     }
 }
 
-/// The metric of a block: `R_bb R_bb^T`, or `H_bb`, the same with all later columns of `R`.
-fn metric(r: &[f32], n: usize, block: &Range<usize>, compensation: Compensation) -> Vec<f32> {
-    let last = if compensation == Compensation::Exact { block.end } else { n };
-    let w = block.len();
+/// The metric of a block: `R_bb R_bb^T`, or with `last = n` the published `H_bb`, the same with all
+/// later columns of `R`.
+fn metric(job: &Job, r: &[f32], n: usize, block: Range<usize>, last: usize) -> Result<Vec<f32>> {
+    let (w, first) = (block.len(), block.start);
+    let row = |i: usize| &r[(first + i) * n..][..last];
+    // R is zero left of its diagonal.
+    let rows = job.map(w, |i| {
+        Ok((0..=i).map(|j| dot(&row(i)[first + i..], &row(j)[first + i..]) as f32).collect())
+    })?;
     let mut out = vec![0.0f32; w * w];
-    for i in 0..w {
-        for j in 0..=i {
-            let from = block.start + i; // R is zero left of its diagonal
-            let (a, b) = (&r[(block.start + i) * n..][from..last], &r[(block.start + j) * n..]);
-            let sum: f64 =
-                a.iter().zip(&b[from..last]).map(|(x, y)| f64::from(*x) * f64::from(*y)).sum();
-            (out[i * w + j], out[j * w + i]) = (sum as f32, sum as f32);
+    for (i, row) in rows.iter().enumerate() {
+        let row: &Vec<f32> = row;
+        for (j, value) in row.iter().enumerate() {
+            (out[i * w + j], out[j * w + i]) = (*value, *value);
         }
     }
-    out
+    Ok(out)
 }
 
 /// `z R = y` in place, for upper triangular `r`.
