@@ -195,6 +195,14 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "pattern beside bits": ({"method": "gptq", "pattern": "4:8"}, "option pattern: gptq does not"),
     "pattern of a code": ({"method": "billm", "pattern": "6:8"}, "option pattern: billm does not"),
     "bits of arb": ({"method": "arb", "bits": 1.0}, "option bits: arb does not take it, found 1"),
+    "pattern of no code": (
+        {"method": "pbs2p-exact", "pattern": "1:4"},
+        "pbs2p-exact expects one of 2:8, .* found 1:4",
+    ),
+    "bits beside a pattern for all": (
+        {"method": "pbs2p-exact", "pattern": "8:8", "bits": 1.0},
+        "option bits: expected none beside",
+    ),
     "too few bits": (
         {"method": "pbs2p-exact", "bits": 0.9},
         r"pbs2p-exact expects at least 1\.4\d*, which the code 2:8 takes .* found 0.9",

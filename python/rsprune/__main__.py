@@ -1,6 +1,6 @@
 """`python -m rsprune` is `rsprune`."""
 
-from rsprune.cli import main
+from rsprune.cli import entry
 
 if __name__ == "__main__":
-    main()
+    entry()

@@ -15,6 +15,7 @@ The experts of a layer that have one role are one operator here.
 
 from __future__ import annotations
 
+import itertools
 import math
 import re
 from collections import Counter
@@ -55,7 +56,13 @@ class Curve:
 
     @classmethod
     def fit(cls, points: Sequence[tuple[float, float]], weights: int) -> Curve:
-        """Least squares through `(sparsity, error)`; errors of zero count as tiny ones."""
+        """Least squares through `(sparsity, error)`.
+
+        Errors of zero, which are those of a sparsity of zero, say nothing of a slope.
+        """
+        points = [p for p in points if p[1] > 0] if any(e > 0 for _, e in points) else points
+        if len(points) == 1:
+            points = [*points, (points[0][0] - 0.1, points[0][1] / math.e)]
         x = torch.tensor([s for s, _ in points], dtype=torch.float64)
         y = torch.tensor([max(e, 1e-12) for _, e in points], dtype=torch.float64).log()
         centred = x - x.mean()
@@ -100,7 +107,10 @@ def allocate(curves: Mapping[str, Curve], sparsity: float) -> dict[str, float]:
 
 def unit_of(operator: Operator) -> str:
     """What an operator shares its curve with: experts of a layer that have one role."""
-    return f"{operator.layer} " + re.sub(r"\.\d+\.", ".*.", operator.linear)
+    role = operator.linear
+    if operator.expert is not None:
+        role = re.sub(r"\.\d+\.", ".*.", role)
+    return f"{operator.layer} {role}"
 
 
 def exact_patterns(
@@ -117,8 +127,12 @@ def exact_patterns(
     zeros = [math.floor(shares[unit_of(o)] * n) for o, n in zip(operators, sizes, strict=True)]
     missing = round(sparsity * sum(sizes)) - sum(zeros)
     step = 1 if missing > 0 else -1
-    for i in range(abs(missing)):
-        zeros[-1 - i % len(zeros)] += step
+    places = itertools.cycle(reversed(range(len(zeros))))
+    while missing:
+        i = next(places)
+        if 0 <= zeros[i] + step < sizes[i]:
+            zeros[i] += step
+            missing -= step
     return {
         o.name: _core.Pattern(repr(z / size), "matrix")
         for o, z, size in zip(operators, zeros, sizes, strict=True)
@@ -166,7 +180,7 @@ def measure(
 def _layer_curves(
     prepared: Prepared, seen: Seen, target: float, spill: Path | None
 ) -> dict[str, Curve]:
-    """The curves of one layer; their errors at `target` add up to its own with all pruned."""
+    """The curves of one layer: errors measured at `target` add up to its own with all pruned."""
     low, high = bounds(target)
     grid = [min(max(target + d, low), high) for d in GRID]
     pruned = _pruned_layer(prepared, seen, grid, spill)

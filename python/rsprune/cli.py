@@ -6,6 +6,7 @@ a model); 3 `plan` or `eval` found that it does not fit in memory; 130 Ctrl-C; 1
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import sys
@@ -267,6 +268,23 @@ def verify(out: Folder, *, json: Json = False) -> None:
 
 app.command(name="eval")(evaluate)
 app.command()(train)
+
+
+def entry() -> NoReturn:
+    """`main` as a process: one that was told to end does so when its files are closed.
+
+    Python would take the modules of torch apart first, for a second and more.
+    """
+    try:
+        main()
+    except SystemExit as end:
+        if end.code not in (130, 143):
+            raise
+        code = end.code
+    with contextlib.suppress(OSError):
+        sys.stdout.flush()
+        sys.stderr.flush()
+    os._exit(code)
 
 
 def main() -> NoReturn:

@@ -34,7 +34,7 @@ class Config(BaseModel):
     scope: Literal["row", "matrix"] | None = None
     """Over what a sparsity is counted."""
     allocate: bool = False
-    """Whether a ratio is spread over the layers by measured error curves; pays from 60 % on."""
+    """Whether a ratio is spread over all operators by measured error curves; pays from 60 % on."""
     permute: bool | None = None
     """Whether channels change places so that a keep-of pattern keeps more."""
     format: Literal["dense", "packed"] = "dense"

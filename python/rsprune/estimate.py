@@ -109,7 +109,7 @@ def stages(prepared: Prepared, config: Config, speeds: Speeds) -> list[Stage]:
         stage("write", plan.output_bytes / DISK_BYTES_PER_SECOND, 0, plan.output_bytes),
     ]
     if methods.differ(config):
-        seconds = 8 * 2 / config.samples * forward
+        seconds = 2 * min(FEW.count, config.samples) / config.samples * forward
         if config.method == "pbs2p-exact":
             codes = measured_codes(
                 config.bits or DEFAULT_BITS, [(o.rows, o.columns) for o in plan.operators]
@@ -117,7 +117,7 @@ def stages(prepared: Prepared, config: Config, speeds: Speeds) -> list[Stage]:
             tried = sum(2 * min(o.rows, ROWS) * o.columns**2 for o in plan.operators)
             seconds += len(codes) * products * tried / speeds.solver
         if config.allocate:
-            seconds += len(GRID) * 2 * steps / speeds.solver  # SparseGPT: about two products
+            seconds += len(GRID) * methods.get("sparsegpt").products(config) * steps / speeds.solver
             runs = 1 + len(GRID) * len({unit_of(o) for o in plan.operators}) / plan.layers
             seconds += runs * FEW.heldout / config.samples * forward
         found.insert(1, stage("allocate", seconds, weights, 0))

@@ -20,7 +20,7 @@ from rsprune.config import Config
 from rsprune.data import text_bytes
 from rsprune.errors import DoesNotFitError
 from rsprune.memory import KEPT_BYTES, rss_anon
-from rsprune.methods.base import Inputs
+from rsprune.methods.base import SURVEYED, Inputs
 from rsprune.skeleton import Skeleton
 from rsprune.stream import Opening
 from rsprune.windows import FEW
@@ -110,7 +110,10 @@ def memory_parts(
     layer = max(sum(p.numel() for p in layer.parameters()) for layer in layers)
     needs_dense = inputs.needs_dense or config.tune_block
     needs_own = inputs.propagate == "model" or inputs.true_sequential or config.tune_block
-    grams = max(_gram_bytes(s, inputs, config) for s in opening.structures)
+    grams = max(_gram_bytes(s, inputs, config.heldout > 0) for s in opening.structures)
+    if config.allocate or config.method == "pbs2p-exact":  # a look at the dense model sums too
+        looks = (_gram_bytes(s, SURVEYED, config.samples > 1) for s in opening.structures)
+        grams = max(grams, *looks)
     width = max(g.width for s in opening.structures for g in s.groups)
     widest = max(p.numel() for layer in layers for p in layer.parameters() if p.dim() == 2)
     channels = skeleton.channels
@@ -131,7 +134,7 @@ def memory_parts(
         "solver": max(_resident_bytes(skeleton, operator, config) for operator in operators),
         "solver's matrices": max(_matrix_bytes(operator, config) for operator in operators),
         "tuning": _tuning_bytes(layer, width, skeleton, config),
-        "budget": _budget_bytes(skeleton, operators, config),
+        "budget": _budget_bytes(skeleton, operators, config, routed=routed),
         "activations of one window": _activation_bytes(window, width, inputs, config)
         + skeleton.attention_bytes(config.seq_len)
         + widest * 4,
@@ -180,14 +183,14 @@ def pruned_bytes(skeleton: Skeleton, operators: Sequence[Operator], *, experts: 
 
 
 def _coded_bytes(operators: Sequence[Operator], config: Config) -> int:
-    """The packed forms of a layer that a method gives beside its weights."""
+    """The packed forms of a layer that a method gives beside its weights, where it gives any."""
     method = methods.get(config.method)
     if config.format != "packed" or not isinstance(method, methods.Binarizer):
         return 0
     layers: Counter[int] = Counter()
     for operator in operators:
         layers[operator.layer] += operator.rows * operator.columns
-    return math.ceil(max(layers.values(), default=0) * method.most_bits(config) / 8)
+    return math.ceil(max(layers.values(), default=0) * method.kept_bits(config) / 8)
 
 
 def _tuning_bytes(layer: int, width: int, skeleton: Skeleton, config: Config) -> int:
@@ -208,25 +211,30 @@ def _routing_bytes(skeleton: Skeleton, config: Config) -> int:
     return config.samples * config.seq_len * chosen * 4
 
 
-def _budget_bytes(skeleton: Skeleton, operators: Sequence[Operator], config: Config) -> int:
-    """Stores of a few windows, and a layer pruned to three sparsities: experts as stored."""
+def _budget_bytes(
+    skeleton: Skeleton, operators: Sequence[Operator], config: Config, *, routed: bool
+) -> int:
+    """Stores of a few windows, and a layer pruned to three sparsities, as it is stored."""
     if not methods.differ(config):
         return 0
-    kinds = 3 if any(operator.expert is not None for operator in operators) else 2
-    stores = kinds * min(FEW.count, config.samples) * config.seq_len * skeleton.channels * 4
+    stores = (
+        (3 if routed else 2)
+        * min(FEW.count, config.samples)
+        * config.seq_len
+        * skeleton.channels
+        * 4
+    )
     if not config.allocate:
         return stores
     layers: Counter[int] = Counter()
     for operator in operators:
-        of_expert = operator.expert is not None
-        nbytes = skeleton.checkpoint.tensors[operator.name].nbytes
-        layers[operator.layer] += nbytes if of_expert else operator.rows * operator.columns * 4
+        layers[operator.layer] += skeleton.checkpoint.tensors[operator.name].nbytes
     return stores + 3 * max(layers.values())
 
 
-def _gram_bytes(structure: LayerStructure, inputs: Inputs, config: Config) -> int:
+def _gram_bytes(structure: LayerStructure, inputs: Inputs, judged: bool) -> int:
     """Sums that are held at the same time: those of the stage that needs most."""
-    kinds = 2 if config.heldout > 0 else 1
+    kinds = 2 if judged else 1
     squares = 2.0 if inputs.corrected else 0.5  # two halves and a whole, or one
     return max(
         sum(int(g.width * (g.width + GRAM_BLOCK) * squares) for g in stage.groups)

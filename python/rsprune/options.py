@@ -40,7 +40,7 @@ def run_options(
     ] = None,
     scope: Annotated[Text, Option(help="Over what a sparsity counts: row or matrix.")] = None,
     allocate: Annotated[
-        bool | None, Option(help="Spread a ratio over layers by measured error curves.")
+        bool | None, Option(help="Spread a ratio over operators by measured error curves.")
     ] = None,
     permute: Annotated[
         bool | None, Option(help="Permute channels so that a keep-of pattern keeps more.")

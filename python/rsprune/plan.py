@@ -233,8 +233,8 @@ def _passes(inputs: Inputs, config: Config) -> str:
     if inputs.propagate == "model":
         parts[-1] += " + 1 partial" if inputs.true_sequential else " + 1 whole"
     if config.allocate:
-        parts.append("budget a few windows 4 times")
-    elif config.method in ("pbs2p", "pbs2p-exact"):
+        parts.append("budget a few windows once, two of them four times an operator")
+    elif methods.differ(config):
         parts.append("choice of codes a few windows once")
     if config.tune_block:
         # A backward pass takes as long as two forward ones.

@@ -11,6 +11,7 @@ as finished once its journal line stands and its shard has the checksum that the
 from __future__ import annotations
 
 import contextlib
+import functools
 import hashlib
 import json
 from collections.abc import Mapping
@@ -61,10 +62,19 @@ def options_of(config: Config) -> dict[str, Any]:
 def versions() -> dict[str, str]:
     """Of the software that has a part in the bits."""
     return {
-        "rsprune": _core.__version__,
+        "rsprune": f"{_core.__version__}, build {_build()}",
         "torch": torch.__version__,
         "transformers": transformers.__version__,
     }
+
+
+@functools.cache
+def _build() -> str:
+    """Of this package's code: between two releases the version says nothing of what it computes."""
+    home, total = Path(__file__).parent, hashlib.sha256()
+    for path in sorted([*home.rglob("*.py"), Path(_core.__file__)]):
+        total.update(path.read_bytes())
+    return total.hexdigest()[:12]
 
 
 def model_hashes(checkpoint: Checkpoint) -> dict[str, str]:

@@ -10,7 +10,7 @@ from typing import NamedTuple
 from torch import Tensor
 
 from rsprune.calibrate import LayerJob
-from rsprune.methods.base import Inputs
+from rsprune.methods.base import SURVEYED
 from rsprune.plan import Prepared
 from rsprune.timing import Timing
 from rsprune.windows import FEW, Split, Windows
@@ -84,7 +84,7 @@ def survey(
             layer=layer,
             structure=prepared.opening.structures[index],
             kwargs=stream.kwargs(index),
-            inputs=Inputs("layer", "own", False),
+            inputs=SURVEYED,
             split=split,
             threads=threads,
             store=room,

@@ -64,6 +64,10 @@ BLENDED = Inputs(
 for (measured; the whole of it over-fits), massive tokens do not count for more than the others."""
 
 
+SURVEYED = Inputs(propagate="layer", target="own", true_sequential=False)
+"""Of a look at the dense model before a run."""
+
+
 class Packed(NamedTuple):
     """A weight in a packed format that cannot be worked out from its values alone."""
 

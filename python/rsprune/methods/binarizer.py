@@ -31,8 +31,12 @@ class Binarizer:
         return Workspace(matrices=4, squares=0, resident=1, kept=1)
 
     def most_bits(self, config: Config) -> float:
-        """Bits a weight that its packed form takes at most; a plan counts on them."""
+        """Bits a weight that all packed forms together take at most; a plan counts on them."""
         return 3.5
+
+    def kept_bits(self, config: Config) -> float:
+        """The same of one layer, of forms that `solve` gives beside the weights."""
+        return self.most_bits(config)
 
     def products(self, config: Config) -> float:
         """See `Method.products`."""

@@ -26,6 +26,8 @@ CODES = ("2:8", "8:8", "3:8", "3:4", "4:8", "5:8", "8:8 + 1:8", "8:8 + 2:8", "8:
 REACH = 0.75
 """Codes that take more or fewer bits than asked by this are not measured. Nor are second planes
 where one suffices: such weights have no kernels, no int8 products and no ternary type in GGUF."""
+ONE_PLANE = 1.4
+"""True bits up to which one plane suffices, whatever the shapes."""
 DEFAULT_BITS = 1.0
 """True bits a weight."""
 
@@ -115,6 +117,10 @@ class PBS2PExact(Binarizer):
     def most_bits(self, config: Config) -> float:
         """See `Binarizer.most_bits`."""
         return 2.0 if fixed(config) else (config.bits or DEFAULT_BITS) + 0.1
+
+    def kept_bits(self, config: Config) -> float:
+        """See `Binarizer.kept_bits`: second planes alone are given, and one layer may have most."""
+        return 2.2 if (config.bits or DEFAULT_BITS) > ONE_PLANE else 0.0
 
     def solve(
         self, operator: Operator, config: Config, *, model_type: str, threads: int | None
