@@ -80,12 +80,15 @@ def test_packed_experts_load(tiny: Callable[..., Path], documents: Path, tmp_pat
     compat_check.same_tensors(pair.packed, tmp_path / "saved")
 
 
-@pytest.mark.parametrize("prefixed", [False, True])
+@pytest.mark.parametrize(
+    ("kind_of_model", "prefixed"),
+    [("llama_tied", False), ("llama_tied", True), ("mixtral", True)],  # whose experts are renamed
+)
 def test_what_is_saved_under_other_names_loads_again(
-    prefixed: bool, tiny: Callable[..., Path], documents: Path, tmp_path: Path
+    kind_of_model: str, prefixed: bool, tiny: Callable[..., Path], documents: Path, tmp_path: Path
 ) -> None:
     """A causal model from a checkpoint of the base model, and the base model of a causal one."""
-    source, prefix = shutil.copytree(tiny("llama_tied"), tmp_path / "source"), "model."
+    source, prefix = shutil.copytree(tiny(kind_of_model), tmp_path / "source"), "model."
     if not prefixed:
         (file,) = source.glob("*.safetensors")
         tensors = {n.removeprefix(prefix): t.clone() for n, t in load_file(file).items()}

@@ -218,8 +218,11 @@ def _saved_names(model: Any, linears: Mapping[str, PackedLinear]) -> dict[str, s
     names = {id(module): name for name, module in model.named_modules()}
     for weight, linear in linears.items():
         before, now = linear_of(weight), names[id(linear)]
-        if now in (prefix + before, before.removeprefix(prefix)) and now != before:
-            found[before] = now
+        renamed_to = next(_forms(model, before))
+        if now == prefix + renamed_to:
+            found[before] = prefix + before
+        elif now != renamed_to:
+            found[before] = before.removeprefix(prefix)
     return found
 
 
