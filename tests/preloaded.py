@@ -6,10 +6,13 @@ import os
 import shutil
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
+
+from rsprune.errors import RspruneError
 
 SOURCE = Path(__file__).with_name("device_errors.c")
 NEVER = 1 << 40
@@ -42,6 +45,15 @@ class Device:
     def mend(self) -> None:
         """Nothing fails any more."""
         self.fail("", "", NEVER)
+
+
+def attempt(work: Callable[[], object]) -> str:
+    """What the error of `work` says."""
+    try:
+        work()
+    except (RspruneError, OSError) as error:
+        return str(error)
+    return "no error"
 
 
 def run_preloaded(module: str, paths: list[Path], folder: Path) -> dict[str, Any]:

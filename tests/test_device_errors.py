@@ -6,15 +6,15 @@ import errno
 import json
 import re
 import shutil
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
-from preloaded import Device, run_preloaded
+from preloaded import Device, attempt, run_preloaded
 from test_resume import config_of, contents
 
 from rsprune import compress
-from rsprune.errors import RspruneError
 from rsprune.report import REPORT_NAME
 
 CASES = {
@@ -39,18 +39,14 @@ def child(model: Path, documents: Path, folder: Path) -> None:
         work = folder / name.replace(" ", "-")
         work.mkdir()
         out = work / "out"
-        partial = f"{out}.partial"
-        path = file.replace("out/", f"{partial}/") if "out/" in file else f"{model}/"
+        unfinished = f"{out}.partial"
+        path = file.replace("out/", f"{unfinished}/") if "out/" in file else f"{model}/"
         device.count(call, path)
         whole = contents(compress(model, out, config).folder)
         count = device.calls()
         shutil.rmtree(out)
         device.fail(call, path, 1 + round(progress * (count - 1)))
-        try:
-            compress(model, out, config)
-            message = "no error"
-        except (RspruneError, OSError) as error:
-            message = str(error)
+        message = attempt(partial(compress, model, out, config))
         device.mend()
         left = [p.name for p in work.rglob("*") if p.suffix == ".tmp" or p == out]
         again = contents(compress(model, out, config).folder)

@@ -11,18 +11,18 @@ import random
 import re
 import shutil
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 from gguf_models import build as build_gguf
-from preloaded import Device, run_preloaded
+from preloaded import Device, attempt, run_preloaded
 from replaced_models import OPTIONS as REPLACED
 from test_depth_run import config_of as depth_config
 from test_resume import OPTIONS, VOLATILE
 
 from rsprune import Config, compress, perplexity, plan
-from rsprune.errors import RspruneError
 from rsprune.export import export_dense
 from rsprune.flexi import train as training
 from rsprune.gguf_export import export_gguf
@@ -86,14 +86,6 @@ def without_clock(record: dict[str, Any]) -> dict[str, Any]:
     return {key: value for key, value in record.items() if key not in VOLATILE}
 
 
-def attempt(work: Callable[[Path], object], out: Path) -> str:
-    try:
-        work(out)
-    except (RspruneError, OSError) as error:
-        return str(error)
-    return "no error"
-
-
 def child(model: Path, documents: Path, folder: Path) -> None:
     """Runs all works with the preloaded library; prints what became of them."""
     device, found = Device(errno.ENOSPC), {}
@@ -111,11 +103,11 @@ def child(model: Path, documents: Path, folder: Path) -> None:
         for instant in instants:
             shutil.rmtree(out) if out.is_dir() else out.unlink()
             device.fail(CALLS, f"{place}/", instant)
-            message = attempt(work, out)
+            message = attempt(partial(work, out))
             device.mend()
             left = [p.name for p in place.rglob("*") if p.suffix == ".tmp"]
             exists = out.exists() and name != "losses"  # which is a journal, and grows
-            again = attempt(work, out)
+            again = attempt(partial(work, out))
             same = out.exists() and bytes_of(out) == whole
             outcomes.append([instant, message, left, exists, again, same])
         found[name] = {"calls": count, "outcomes": outcomes}
