@@ -3,7 +3,7 @@ PYTHON ?= python3.11
 BIN := .venv/bin
 FUZZ_SECONDS ?= 60 # for each target
 
-.PHONY: setup demo test lint compat bench fuzz asan nightly clean
+.PHONY: setup demo test lint compat bench fuzz asan aarch64 nightly clean
 
 setup: .venv/ready
 
@@ -54,6 +54,13 @@ fuzz: nightly
 asan: nightly
 	RUSTFLAGS=-Zsanitizer=address cargo +nightly test --package rsprune-core --lib --tests \
 		--target x86_64-unknown-linux-gnu --target-dir target/asan
+
+# The core's own tests with NEON, in an emulator: Debian's gcc-aarch64-linux-gnu, libc6-dev-arm64-cross
+# and qemu-user-static, and rustup target add aarch64-unknown-linux-gnu.
+aarch64:
+	CARGO_TARGET_AARCH64_UNKNOWN_LINUX_GNU_LINKER=aarch64-linux-gnu-gcc \
+	CARGO_TARGET_AARCH64_UNKNOWN_LINUX_GNU_RUNNER="qemu-aarch64-static -L /usr/aarch64-linux-gnu" \
+	cargo test --package rsprune-core --lib --target aarch64-unknown-linux-gnu --target-dir target/aarch64
 
 nightly:
 	@cargo +nightly --version >/dev/null 2>&1 || { echo "make fuzz and make asan need a nightly Rust: run rustup toolchain install nightly and make again." >&2; exit 1; }

@@ -110,7 +110,7 @@ def python(code: str, **environment: str) -> subprocess.Popen[str]:
     )
 
 
-@pytest.mark.parametrize("kernel", ["avx512", "avx2", "scalar"])
+@pytest.mark.parametrize("kernel", ["avx512", "avx2", "neon", "scalar"])
 def test_kernels_agree(kernel: str) -> None:
     code = (
         "import json, test_determinism as t; from rsprune import _core;"

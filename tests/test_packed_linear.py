@@ -202,6 +202,29 @@ def test_the_cost_of_int8_is_reported_linear_by_linear():
     assert 1e-4 < errors["0"] < 0.05
 
 
+@pytest.mark.parametrize("dtype", TORCH)
+def test_two_planes_of_signs_are_added(dtype):
+    forms = ("signs 8:8", "signs 2:8")
+    planes = [packed(form, dense_weight(form, dtype, (70, 592), 4 + i))
+              for i, form in enumerate(forms)]  # fmt: skip
+    linear = PackedLinear(PackedWeight("residual 2:8", dtype, (70, 592)), None, "float32").eval()
+    values = [value for plane in planes for value in plane.parts.values()]
+    assert len(values) == len(linear.parts) == 5
+    for part, value in zip(list(linear.parts), values, strict=True):
+        setattr(linear, part, nn.Parameter(value.detach(), requires_grad=False))
+    for tokens in (1, 4, 33):
+        x = torch.randn(tokens, 592, generator=torch.Generator().manual_seed(tokens))
+        linear.compute = "float32"
+        assert torch.equal(linear(x), planes[0](x) + planes[1](x))
+        # The unpacked weight is rounded to its type; these scales are at most 2 * 99 / 64.
+        step = {"BF16": 2**-8, "F16": 2**-10, "F32": 2**-20}[dtype] * 3.1 * x.abs().sum(1)
+        unpacked = x.double() @ linear.weight.double().T
+        assert torch.all((linear(x).double() - unpacked).abs() <= step[:, None])
+        linear.compute = "int8"
+        assert 1e-4 < relative(linear(x), planes[0](x).double() + planes[1](x)) < 0.05
+    assert set(int8_errors(nn.Sequential(linear), x)) == {"0"}
+
+
 def test_what_does_not_fit_is_refused_by_name():
     weight = dense_weight("keep-of 2:4", "BF16", (8, 16), 1)
     linear = packed("keep-of 2:4", weight)

@@ -19,6 +19,7 @@ from rsprune.cli import main
 from rsprune.config import Config
 from rsprune.driver import make_plan
 from rsprune.errors import RspruneError, UsageError
+from rsprune.evaluate import perplexity
 from rsprune.run import compress
 
 SMALL: dict[str, Any] = {"samples": 4, "seq_len": 32, "threads": 1}
@@ -168,6 +169,32 @@ def test_too_few_tokens_for_a_dimension_are_warned_of(tiny_llama: Path):
     few = make_plan(tiny_llama, Config(**SMALL))
     assert any("down_proj.weight: 96 calibration tokens" in line for line in few.warnings)
     assert make_plan(tiny_llama, Config(**SMALL | {"samples": 8})).warnings == []
+
+
+@pytest.mark.parametrize("method", ["wanda", "bi", "flexigpt"])
+def test_windows_beyond_the_context_are_warned_of(tiny_llama: Path, method: str):
+    removing = {} if method == "wanda" else {"remove": "1", "protect": "1,0"}
+    for seq_len, expected in ((128, 0), (129, 1)):
+        options = {"method": method, "samples": 8, "seq_len": seq_len, **removing}
+        warnings = make_plan(tiny_llama, Config.create(text_tokens=32, **options)).warnings
+        told = f"windows of {seq_len} tokens: the model was made for 128 positions"
+        assert warnings.count(told) == expected
+
+
+@pytest.mark.parametrize("seq_len", [128, 129])
+def test_windows_beyond_a_table_of_positions_are_refused(
+    tiny: Callable[..., Path], out: Path, text: Path, seq_len: int
+):
+    model, config = tiny("opt"), Config.create(calibration=str(text), samples=2, seq_len=seq_len)
+    if seq_len == 128:
+        assert make_plan(model, config, out).operators
+        assert perplexity(model, text, seq_len=seq_len, windows=1).windows == 1
+        return
+    with pytest.raises(UsageError, match=r"windows of 129.*128 positions, in a table"):
+        compress(model, out, config)
+    assert_nothing_written(out)
+    with pytest.raises(UsageError, match=r"windows of 129.*128 positions, in a table"):
+        perplexity(model, text, seq_len=seq_len + 1)  # the last token is only predicted
 
 
 def test_a_full_disk(tiny_llama: Path, out: Path, monkeypatch: pytest.MonkeyPatch):

@@ -107,6 +107,8 @@ def perplexity(
             trust_remote_code=trust_remote_code,
             progress=progress,
         )
+        if warning := scorer.skeleton.beyond_context(seq_len - 1):
+            progress.note(f"warning: {warning}")
         ids = _token_windows(str(text), load_tokenizer(folder, trust_remote_code), seq_len)
         if windows is not None and windows > len(ids):
             raise UsageError(

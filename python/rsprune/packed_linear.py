@@ -11,6 +11,9 @@ types whatever the model is cast to: they are bits, and a scale that is rounded 
               no kernel, as in `exact`
     exact     unpacks the weight and multiplies as torch does: the same bits as the dense checkpoint
     int8      signs only: activations in 8 bits, each token by its largest; see `int8_errors`
+
+Two planes of signs (`residual`) are two products that are added, so `float32` has the sum of both
+scales where an unpacked weight has that sum rounded to its type.
 """
 
 from __future__ import annotations
@@ -27,7 +30,7 @@ from torch import Tensor, nn
 from rsprune import _core
 from rsprune.checkpoint import TORCH_DTYPES, as_stored
 from rsprune.errors import RspruneError, UsageError
-from rsprune.packing import COMPUTE_MODES, PackedWeight
+from rsprune.packing import COMPUTE_MODES, SIGNS, PackedWeight
 
 NO_GRADIENT = (
     "packed linears have no gradients: run under torch.no_grad(), or train the model that "
@@ -87,7 +90,7 @@ class PackedLinear(nn.Module):
     def compute(self, mode: str) -> None:
         if mode not in COMPUTE_MODES:
             raise UsageError(f"compute: expected one of {', '.join(COMPUTE_MODES)}, found {mode!r}")
-        if mode == "int8" and self.kind != "signs":
+        if mode == "int8" and self.kind not in SIGNS:
             raise UsageError(f"compute int8: expected signs, found {self.packed.format}")
         self._compute = mode
 
@@ -202,7 +205,7 @@ def _tokens(input: Tensor) -> NDArray[np.float32]:
     return x.contiguous().numpy()
 
 
-KERNELS = ("keep-of", "bitmap", "signs")
+KERNELS = ("keep-of", "bitmap", *SIGNS)
 """Formats whose products need no unpacked weight."""
 
 COMPUTE: dict[str, Callable[[PackedLinear, Tensor], Tensor]] = {
@@ -255,7 +258,7 @@ def int8_errors(model: nn.Module, *args: Any, **inputs: Any) -> dict[str, float]
     tokens: dict[str, int] = {}
     hooks = []
     for name, module in model.named_modules():
-        if isinstance(module, PackedLinear) and module.kind == "signs":
+        if isinstance(module, PackedLinear) and module.kind in SIGNS:
 
             def measure(linear: PackedLinear, args: tuple[Tensor, ...], name: str = name) -> None:
                 x, threads = _tokens(args[0]), torch.get_num_threads()

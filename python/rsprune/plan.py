@@ -256,6 +256,8 @@ def _warnings(skeleton: Skeleton, operators: list[Operator], config: Config) -> 
             f"{worst.name}: {mean}{tokens} calibration tokens are few for {worst.columns} input "
             f"channels; use at least {math.ceil(2 * worst.columns / share)}"
         )
+    if warning := skeleton.beyond_context(config.seq_len):
+        warnings.append(warning)
     if config.memory is not None and config.memory > psutil.virtual_memory().total:
         warnings.append("memory: the bound is larger than the machine's memory")
     return warnings

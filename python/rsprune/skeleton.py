@@ -207,6 +207,13 @@ class Skeleton:
         """Channels of the hidden states between decoder layers."""
         return int(self.config.get_text_config().hidden_size)
 
+    def beyond_context(self, tokens: int) -> str | None:
+        """What is to be said of windows that are longer than the model was made for."""
+        longest = getattr(self.config.get_text_config(), "max_position_embeddings", None)
+        if longest is None or tokens <= longest:
+            return None
+        return f"windows of {tokens} tokens: the model was made for {longest} positions"
+
     def expert_share(self, index: int) -> float:
         """Of all tokens, those that an expert of layer `index` sees on average."""
         lists = [m for m in self.layers[index].modules() if isinstance(m, Experts)]

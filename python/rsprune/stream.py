@@ -54,7 +54,11 @@ class Stream:
 
         Args:
             seq_len: tokens of a window.
+
+        Raises:
+            UsageError: the model has a table of positions, and it is shorter than that.
         """
+        self._check_length(seq_len)
         with self._outer():
             embeddings = self._zeros(seq_len)
             first = self._record(embeddings, stop_at_first=True)
@@ -70,6 +74,17 @@ class Stream:
     def kwargs(self, layer: int) -> dict[str, Any]:
         """The keyword arguments of a layer, as last recorded."""
         return self._kwargs[layer]
+
+    def _check_length(self, tokens: int) -> None:
+        """Refuses what a learned table of positions has no rows for (torch: index out of range)."""
+        words, inside = self.model.get_input_embeddings(), f"{self.skeleton.layer_prefix}."
+        has_table = any(
+            isinstance(module, nn.Embedding) and module is not words
+            for name, module in self.model.named_modules()
+            if not name.startswith(inside)
+        )
+        if has_table and (warning := self.skeleton.beyond_context(tokens)):
+            raise UsageError(f"{warning}, in a table of learned ones")
 
     def check_ids(self, windows: Tensor) -> None:
         """Raises `UsageError` if a token id of `windows` has no row in the model's vocabulary."""

@@ -34,12 +34,14 @@ class Opened:
 
     Attributes:
         stream: opened for the longer of the windows that will be run.
+        warnings: about the length of these.
     """
 
     checkpoint: Checkpoint
     skeleton: Skeleton
     stream: Stream
     opening: Opening
+    warnings: tuple[str, ...]
 
     @classmethod
     def of(cls, folder: Path, config: Config, tokens: int) -> Opened:
@@ -50,7 +52,8 @@ class Opened:
         )
         skeleton.refuse_replaced()
         stream = Stream(skeleton)
-        return cls(checkpoint, skeleton, stream, stream.open(tokens))
+        opening, warning = stream.open(tokens), skeleton.beyond_context(tokens)
+        return cls(checkpoint, skeleton, stream, opening, (warning,) if warning else ())
 
 
 @dataclass(frozen=True)
@@ -100,7 +103,7 @@ def prepare(folder: Path, config: Config, out: Path | None) -> Prepared:
         spill=("hidden states",),
         spill_bytes=scratch,
         passes=_passes(config, method, removal),
-        warnings=list(unused_depth_options(config)),
+        warnings=[*unused_depth_options(config), *opened.warnings],
     )
     check_fits(memory, limit)
     if out is not None:

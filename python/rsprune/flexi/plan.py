@@ -65,7 +65,7 @@ def prepare(folder: Path, config: Config, out: Path | None) -> Prepared:
         spill=("hidden states",),
         spill_bytes=_scratch(opened, config, most),
         passes=_passes(config),
-        warnings=list(unused_flexigpt_options(config)),
+        warnings=[*unused_flexigpt_options(config), *opened.warnings],
     )
     check_fits(memory, limit)
     if out is not None:

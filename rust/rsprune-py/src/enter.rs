@@ -108,7 +108,7 @@ pub fn default_threads() -> usize {
     asked.filter(|n| *n > 0).unwrap_or_else(available)
 }
 
-/// The matrix kernel that this process uses: "avx512", "avx2" or "scalar".
+/// The matrix kernel that this process uses: "avx512", "avx2", "neon" or "scalar".
 #[pyfunction]
 pub fn kernel_name() -> PyResult<&'static str> {
     Ok(Kernel::select().map_err(to_py)?.name)

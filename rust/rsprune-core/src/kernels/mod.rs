@@ -6,8 +6,10 @@
 //! for p in 0..k { for r in 0..mr { for c in 0..nr { C[r, c] += A[p, r] * B[p, c] } } }
 //! ```
 //! `scalar` is that loop and the oracle of the others. The choice is made at run time, so one
-//! wheel serves every CPU; `RSPRUNE_KERNEL=scalar|avx2|avx512` overrides it to test each path.
+//! wheel serves every CPU; `RSPRUNE_KERNEL=scalar|neon|avx2|avx512` overrides it to test each path.
 
+#[cfg(target_arch = "aarch64")]
+mod aarch64;
 mod scalar;
 #[cfg(target_arch = "x86_64")]
 mod x86_64;
@@ -80,6 +82,8 @@ impl Kernel {
         let mut kernels = Vec::new();
         #[cfg(target_arch = "x86_64")]
         kernels.extend(x86_64::available());
+        #[cfg(target_arch = "aarch64")]
+        kernels.extend(aarch64::available());
         kernels.push(scalar::KERNEL);
         kernels
     }

@@ -64,7 +64,7 @@ impl Bitmap {
         rows: Range<usize>,
         out: &mut [u8],
     ) -> Result<()> {
-        let first = self.check(parts[1], dense, rows.start)?;
+        let first = self.row_starts(parts[1], dense)?[rows.start];
         let mask_bytes = dense.cols.div_ceil(8);
         let mask = &parts[1][rows.start * mask_bytes..rows.end * mask_bytes];
         match dense.float.size() {
@@ -74,29 +74,27 @@ impl Bitmap {
         Ok(())
     }
 
-    /// Counts the bits of the whole mask, as every row's place depends on all rows above it.
-    /// Returns the number of values above row `until`.
-    fn check(&self, mask: &[u8], dense: &Dense, until: usize) -> Result<usize> {
-        let (mut count, mut above) = (0, 0);
+    /// The number of values above every row, and of all: each row's place depends on those above it.
+    ///
+    /// # Errors
+    /// Another number of bits than values, or a bit after the last column.
+    pub fn row_starts(&self, mask: &[u8], dense: &Dense) -> Result<Vec<usize>> {
         let spare = dense.cols.next_multiple_of(8) - dense.cols;
+        let mut starts = vec![0];
         for (row, mask) in mask.chunks_exact(dense.cols.div_ceil(8)).enumerate() {
-            if row == until {
-                above = count;
-            }
             if mask.last().is_some_and(|last| (last.leading_zeros() as usize) < spare) {
-                return Err(at(
-                    "mask",
-                    row,
-                    "expected zero bits after the last column, found ones",
-                ));
+                let reason = "expected zero bits after the last column, found ones";
+                return Err(at("mask", row, reason));
             }
-            count += mask.iter().map(|byte| byte.count_ones() as usize).sum::<usize>();
+            let kept: usize = mask.iter().map(|byte| byte.count_ones() as usize).sum();
+            starts.push(starts[row] + kept);
         }
-        if count != self.values {
-            let reason = format!("expected {} bits, found {count}", self.values);
+        let found = starts[dense.rows];
+        if found != self.values {
+            let reason = format!("expected {} bits, found {found}", self.values);
             return Err(Error::Packed { part: "mask", reason });
         }
-        Ok(above)
+        Ok(starts)
     }
 }
 

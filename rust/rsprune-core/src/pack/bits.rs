@@ -52,6 +52,11 @@ impl<'a> Reader<'a> {
         ((word >> shift) & ((1 << width) - 1)) as u16
     }
 
+    /// Goes on behind the next `count` bits.
+    pub fn skip(&mut self, count: usize) {
+        self.at += count;
+    }
+
     /// Whether nothing but zero bits is left.
     pub fn is_spent(&self) -> bool {
         let (byte, shift) = (self.at / 8, self.at % 8);

@@ -98,13 +98,40 @@ fn unpack_sized<const SIZE: usize>(
         for (group, (columns, values)) in
             columns.chunks_exact_mut(groups.of).zip(values).enumerate()
         {
-            let stored = reader.take(groups.of);
-            let count = stored.count_ones() as usize;
-            if count != groups.keep {
-                let reason = format!("group {group}: expected {} bits, found {count}", groups.keep);
-                return Err(at("mask", row, reason));
-            }
-            scatter(stored, values, columns);
+            scatter(next_mask(&mut reader, groups, (row, group))?, values, columns);
+        }
+        spent("mask", row, &reader)?;
+    }
+    Ok(())
+}
+
+fn next_mask(reader: &mut bits::Reader, groups: Groups, place: (usize, usize)) -> Result<u16> {
+    let (mask, (row, group)) = (reader.take(groups.of), place);
+    let count = mask.count_ones() as usize;
+    if count != groups.keep {
+        let reason = format!("group {group}: expected {} bits, found {count}", groups.keep);
+        return Err(at("mask", row, reason));
+    }
+    Ok(mask)
+}
+
+/// Refuses what `unpack` would.
+pub fn validate(mask: &[u8], dense: &Dense, groups: Groups) -> Result<()> {
+    // Bytes of whole groups, by table: a mask is read as fast as memory gives it.
+    let low = (1u32 << groups.of.min(8)) - 1;
+    let is_right = |bits: u32| bits.count_ones() as usize == groups.keep;
+    let good: [bool; 256] = std::array::from_fn(|byte| {
+        let byte = byte as u32;
+        is_right(byte & low) && (groups.of == 8 || is_right(byte >> 4))
+    });
+    let by_table = groups.of <= 8 && dense.cols.is_multiple_of(8);
+    for (row, mask) in mask.chunks_exact(dense.cols.div_ceil(8)).enumerate() {
+        if by_table && mask.iter().all(|byte| good[usize::from(*byte)]) {
+            continue;
+        }
+        let mut reader = bits::Reader::new(mask);
+        for group in 0..dense.cols / groups.of {
+            next_mask(&mut reader, groups, (row, group))?;
         }
         spent("mask", row, &reader)?;
     }

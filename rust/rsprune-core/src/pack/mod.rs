@@ -260,6 +260,23 @@ pub fn unpack_into(
     }
 }
 
+/// Refuses all that [`unpack`] of any row would, at a fraction of its cost.
+///
+/// # Errors
+/// As [`unpack_into`], and for formats that are looked at only when they are unpacked.
+pub fn validate(parts: &[&[u8]], dense: &Dense, format: &Format) -> Result<()> {
+    check_parts(parts, &format.layout(dense)?)?;
+    match format {
+        Format::KeepOf(groups) => keep_of::validate(parts[1], dense, *groups),
+        Format::Bitmap(bitmap) => bitmap.row_starts(parts[1], dense).map(|_| ()),
+        Format::Signs(groups) => signs::validate(parts, dense, *groups),
+        Format::Residual(groups) => residual::validate(parts, dense, *groups),
+        Format::Binary(_) | Format::RowColumn | Format::Uniform(_) => {
+            Err(Error::Option(format!("packed format {format}: has no kernels")))
+        }
+    }
+}
+
 /// Refuses parts of other lengths than the layout's, and rows that are not there.
 fn check(parts: &[&[u8]], dense: &Dense, format: &Format, rows: &Range<usize>) -> Result<()> {
     check_parts(parts, &format.layout(dense)?)?;

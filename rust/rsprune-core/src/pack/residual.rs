@@ -8,6 +8,9 @@ use std::ops::Range;
 /// The first of the two: every column is kept.
 pub const FIRST: Groups = Groups { keep: 8, of: 8 };
 
+/// Signs and scales; there are no positions where every column is kept.
+pub const FIRST_PARTS: usize = 2;
+
 /// The parts of a weight: those of both planes.
 pub fn layout(dense: &Dense, groups: Groups) -> Result<Vec<Part>> {
     let plane = plane_of(dense);
@@ -53,7 +56,7 @@ pub fn unpack(
     out: &mut [u8],
 ) -> Result<()> {
     check_parts(parts, &layout(dense, groups)?)?;
-    let (first, second) = parts.split_at(signs::layout(&plane_of(dense), FIRST)?.len());
+    let (first, second) = parts.split_at(FIRST_PARTS);
     let mut planes = [vec![0; 4 * dense.cols], vec![0; 4 * dense.cols]];
     for (row, out) in rows.zip(out.chunks_exact_mut(dense.row_bytes())) {
         let [one, two] = &mut planes;
@@ -66,6 +69,16 @@ pub fn unpack(
         }
     }
     Ok(())
+}
+
+/// Refuses what [`unpack`] would.
+///
+/// # Errors
+/// As of either plane.
+pub fn validate(parts: &[&[u8]], dense: &Dense, groups: Groups) -> Result<()> {
+    let (first, second) = parts.split_at(FIRST_PARTS);
+    signs::validate(first, &plane_of(dense), FIRST)?;
+    signs::validate(second, &plane_of(dense), groups)
 }
 
 /// A plane's numbers are exact in F16; only their sum is rounded to the weight's type.

@@ -152,6 +152,29 @@ fn unpack_sized<const SIZE: usize>(
     Ok(())
 }
 
+/// Refuses what `unpack` would.
+pub fn validate(parts: &[&[u8]], dense: &Dense, groups: Groups) -> Result<()> {
+    let codes = Codes::new(groups);
+    let mut masks = vec![0; dense.cols / groups.of];
+    let [.., signs, scales] = parts else { unreachable!("the layout has both") };
+    let widths = [parts[0], signs, scales].map(|part| part.len() / dense.rows);
+    for row in 0..dense.rows {
+        let [stream, signs, scales] =
+            [(parts[0], widths[0]), (signs, widths[1]), (scales, widths[2])]
+                .map(|(part, width)| &part[row * width..][..width]);
+        if codes.width > 0 {
+            codes.read_row(row, stream, &mut masks)?;
+        }
+        for scale in scales.as_chunks::<2>().0 {
+            read_scale(*scale, dense.float).map_err(|e| at("scales", row, e))?;
+        }
+        let mut reader = bits::Reader::new(signs);
+        reader.skip(masks.len() * groups.keep);
+        spent("signs", row, &reader)?;
+    }
+    Ok(())
+}
+
 /// Puts the scale with its signs where the bits of `mask` are.
 fn sign<const SIZE: usize>(
     mut mask: u16,

@@ -8,7 +8,7 @@
 
 use super::input::{GROUP, Group, Order, padded};
 use super::row::{BLOCK, Signs};
-use super::{Kind, Linear, Mode, Simd, too_few_values};
+use super::{Kind, Mode, Plane, Simd, too_few_values};
 use crate::error::Result;
 use crate::par::Job;
 use std::array;
@@ -47,26 +47,25 @@ macro_rules! for_tokens {
 
 /// Overwrites `out [rows, tokens]`.
 pub(super) fn apply<S: Simd>(
-    linear: &Linear,
+    plane: &Plane,
     simd: S,
     job: &Job,
     parts: &[&[u8]],
     (x, mode): (&[f32], Mode),
     out: &mut [f32],
 ) -> Result<()> {
-    let (float, cols) = (linear.dense.float, linear.dense.cols);
+    let (float, cols) = (plane.dense.float, plane.dense.cols);
     let tokens = x.len() / cols;
     let groups = x.chunks(GROUP * cols);
     let per_block = ROWS * tokens;
-    if let Kind::Values { starts } = &linear.kind {
+    if let Kind::Values { starts } = &plane.kind {
         let groups: Vec<_> = groups.map(|x| pieces(x, cols, simd.order(float))).collect();
         return job.share_blocks(out, per_block, |block, out| {
             let mut used = [0; ROWS];
             each(&groups, out, tokens, 1, |r, _, start, x| {
                 let row = block * ROWS + r;
                 used[r] = if start == 0 { 0 } else { used[r] };
-                let weights =
-                    linear.values(starts, parts, row).from(start, x.width, used[r], float);
+                let weights = plane.values(starts, parts, row).from(start, x.width, used[r], float);
                 let found = for_tokens!(x.tokens, T => {
                     simd.dot_values::<T>(float, weights, x).map(|(n, dots)| (n, filled(dots)))
                 });
@@ -80,7 +79,7 @@ pub(super) fn apply<S: Simd>(
         Mode::Float32 => {
             let groups: Vec<_> = groups.map(|x| pieces(x, cols, Order::Natural)).collect();
             job.share_blocks(out, per_block, |block, out| {
-                let rows = SignRows::new(linear, simd, parts, block * ROWS, out.len() / tokens);
+                let rows = SignRows::new(plane, simd, parts, block * ROWS, out.len() / tokens);
                 each(&groups, out, tokens, TOGETHER, |r, count, start, x| {
                     let row = |i: usize| rows.get(r + i).from(start / BLOCK, x.width);
                     if count == TOGETHER {
@@ -94,7 +93,7 @@ pub(super) fn apply<S: Simd>(
         Mode::Int8 => {
             let groups: Vec<_> = groups.map(|x| vec![(0, Group::rounded(x, cols))]).collect();
             job.share_blocks(out, per_block, |block, out| {
-                let rows = SignRows::new(linear, simd, parts, block * ROWS, out.len() / tokens);
+                let rows = SignRows::new(plane, simd, parts, block * ROWS, out.len() / tokens);
                 each(&groups, out, tokens, TOGETHER, |r, count, _, x| {
                     if count == TOGETHER {
                         let rows: [Signs; TOGETHER] = array::from_fn(|i| rows.get(r + i));
@@ -110,7 +109,7 @@ pub(super) fn apply<S: Simd>(
 
 /// Rows of signs with their masks written out.
 struct SignRows<'a> {
-    linear: &'a Linear,
+    plane: &'a Plane,
     parts: &'a [&'a [u8]],
     first: usize,
     masks: Vec<u8>,
@@ -118,19 +117,19 @@ struct SignRows<'a> {
 
 impl<'a> SignRows<'a> {
     fn new<S: Simd>(
-        linear: &'a Linear,
+        plane: &'a Plane,
         simd: S,
         parts: &'a [&'a [u8]],
         first: usize,
         count: usize,
     ) -> SignRows<'a> {
-        SignRows { linear, parts, first, masks: linear.masks(simd, parts, first..first + count) }
+        SignRows { plane, parts, first, masks: plane.masks(simd, parts, first..first + count) }
     }
 
     fn get(&self, row: usize) -> Signs<'_> {
-        let width = padded(self.linear.dense.cols) / 8;
+        let width = padded(self.plane.dense.cols) / 8;
         let mask = self.masks.chunks(width).nth(row);
-        self.linear.signs(self.parts, self.first + row, mask)
+        self.plane.signs(self.parts, self.first + row, mask)
     }
 }
 

@@ -23,7 +23,7 @@ mod scalar;
 use crate::error::{Error, Result};
 use crate::float::Float;
 use crate::kernels::Kernel;
-use crate::pack::{Dense, Format};
+use crate::pack::{Dense, Format, residual, validate};
 use crate::par::Job;
 use input::{Group, Order, padded};
 use row::{Signs, Table, Values};
@@ -133,57 +133,38 @@ macro_rules! with_simd {
     };
 }
 
-/// What a format's bytes mean, where rows start, and which kernels serve them.
+/// A packed weight, ready for products: one plane, or two that are added.
 pub struct Linear {
-    kernel: Kernel,
-    path: Path,
     dense: Dense,
     nbytes: Vec<usize>,
-    kind: Kind,
-}
-
-enum Kind {
-    /// The first value of every row and the end of the last.
-    Values { starts: Vec<usize> },
-    /// How positions are coded, bytes of signs for 64 columns, and of signs and scales of a row.
-    Signs { table: Option<Table>, step: usize, widths: (usize, usize) },
+    planes: Vec<Plane>,
 }
 
 impl Linear {
     /// Reads what a call needs to know beforehand. `parts` are those of the format's layout.
     ///
     /// # Errors
-    /// A format without kernels, parts of other sizes, or a bitmap that has another number of bits
-    /// than values.
+    /// A format without kernels, or parts that [`crate::pack::unpack`] would refuse.
     pub fn new(kernel: Kernel, format: &Format, dense: Dense, parts: &[&[u8]]) -> Result<Linear> {
         let nbytes: Vec<_> = format.layout(&dense)?.iter().map(|part| part.nbytes).collect();
-        let kind = match format {
-            Format::KeepOf(groups) => {
-                let kept = dense.cols / groups.of * groups.keep;
-                Kind::Values { starts: (0..=dense.rows).map(|row| row * kept).collect() }
-            }
-            Format::Bitmap(_) => Kind::Values { starts: vec![] },
-            Format::Signs(groups) => {
-                let [.., signs, scales] = nbytes[..] else { unreachable!("signs have both") };
-                Kind::Signs {
-                    table: Table::new(*groups),
-                    step: 8 * groups.keep / groups.of,
-                    widths: (signs / dense.rows, scales / dense.rows),
-                }
-            }
-            Format::Binary(_) | Format::Residual(_) | Format::RowColumn | Format::Uniform(_) => {
-                return Err(Error::Option(format!("packed format {format}: has no kernels")));
-            }
-        };
-        let mut linear = Linear { path: Path::beside(&kernel), kernel, dense, nbytes, kind };
+        let mut linear = Linear { dense, nbytes, planes: vec![] };
         linear.check_parts(parts)?;
-        if let Format::Bitmap(bitmap) = format {
-            linear.kind = Kind::Values { starts: row_starts(parts[1], &dense, bitmap.values)? };
+        validate(parts, &dense, format)?;
+        let formats = match *format {
+            Format::Residual(groups) => vec![Format::Signs(residual::FIRST), Format::Signs(groups)],
+            one => vec![one],
+        };
+        let mut rest = parts;
+        for format in formats {
+            let (own, others) = rest.split_at(format.layout(&dense)?.len());
+            linear.planes.push(Plane::new(kernel, &format, dense, own)?);
+            rest = others;
         }
         Ok(linear)
     }
 
-    /// `y [tokens, rows] = x [tokens, cols] W^T`, from the same parts.
+    /// `y [tokens, rows] = x [tokens, cols] W^T`, from the same parts. What two planes add up to is not
+    /// rounded to the weight's type, as it is where the weight is unpacked.
     ///
     /// # Errors
     /// Sizes that do not fit; `int8` for weights that are not signs; a mask that was changed.
@@ -205,6 +186,78 @@ impl Linear {
                 found: format!("{} values", x.len()),
             });
         }
+        let (first, more) = self.planes.split_first().expect("one plane or more");
+        let (own, mut rest) = parts.split_at(first.parts);
+        first.apply(job, own, x, mode, y)?;
+        for plane in more {
+            let (own, others) = rest.split_at(plane.parts);
+            let mut terms = vec![0.0; y.len()];
+            plane.apply(job, own, x, mode, &mut terms)?;
+            y.iter_mut().zip(terms).for_each(|(sum, term)| *sum += term);
+            rest = others;
+        }
+        Ok(())
+    }
+
+    fn check_parts(&self, parts: &[&[u8]]) -> Result<()> {
+        let found: Vec<_> = parts.iter().map(|part| part.len()).collect();
+        if found == self.nbytes {
+            return Ok(());
+        }
+        let (what, expected) = ("bytes of the parts".into(), format!("{:?}", self.nbytes));
+        Err(Error::Shape { what, expected, found: format!("{found:?}") })
+    }
+}
+
+/// What a format's bytes mean, where rows start, and which kernels serve them.
+struct Plane {
+    kernel: Kernel,
+    path: Path,
+    dense: Dense,
+    /// How many there are.
+    parts: usize,
+    kind: Kind,
+}
+
+enum Kind {
+    /// The first value of every row and the end of the last.
+    Values { starts: Vec<usize> },
+    /// How positions are coded, bytes of signs for 64 columns, and of signs and scales of a row.
+    Signs { table: Option<Table>, step: usize, widths: (usize, usize) },
+}
+
+impl Plane {
+    fn new(kernel: Kernel, format: &Format, dense: Dense, parts: &[&[u8]]) -> Result<Plane> {
+        let kind = match format {
+            Format::KeepOf(groups) => {
+                let kept = dense.cols / groups.of * groups.keep;
+                Kind::Values { starts: (0..=dense.rows).map(|row| row * kept).collect() }
+            }
+            Format::Bitmap(bitmap) => Kind::Values { starts: bitmap.row_starts(parts[1], &dense)? },
+            Format::Signs(groups) => {
+                let [.., signs, scales] = parts else { unreachable!("signs have both") };
+                Kind::Signs {
+                    table: Table::new(*groups),
+                    step: 8 * groups.keep / groups.of,
+                    widths: (signs.len() / dense.rows, scales.len() / dense.rows),
+                }
+            }
+            Format::Binary(_) | Format::Residual(_) | Format::RowColumn | Format::Uniform(_) => {
+                return Err(Error::Option(format!("packed format {format}: has no kernels")));
+            }
+        };
+        Ok(Plane { path: Path::beside(&kernel), kernel, dense, parts: parts.len(), kind })
+    }
+
+    fn apply(
+        &self,
+        job: &Job,
+        parts: &[&[u8]],
+        x: &[f32],
+        mode: Mode,
+        y: &mut [f32],
+    ) -> Result<()> {
+        let tokens = y.len() / self.dense.rows;
         let is_int8 = mode == Mode::Int8;
         if is_int8 && !matches!(self.kind, Kind::Signs { .. }) {
             let reason = "mode int8: only for weights that are packed as signs";
@@ -224,15 +277,6 @@ impl Linear {
             transpose(&columns, tokens, y);
         }
         Ok(())
-    }
-
-    fn check_parts(&self, parts: &[&[u8]]) -> Result<()> {
-        let found: Vec<_> = parts.iter().map(|part| part.len()).collect();
-        if found == self.nbytes {
-            return Ok(());
-        }
-        let (what, expected) = ("bytes of the parts".into(), format!("{:?}", self.nbytes));
-        Err(Error::Shape { what, expected, found: format!("{found:?}") })
     }
 
     /// The mask and the values of a row; others may follow.
@@ -274,20 +318,6 @@ pub fn relative_error(y: &[f32], exact: &[f32]) -> f64 {
     let norm = |terms: &mut dyn Iterator<Item = f64>| terms.map(|v| v * v).sum::<f64>().sqrt();
     let error = norm(&mut y.iter().zip(exact).map(|(a, b)| f64::from(*a) - f64::from(*b)));
     if error == 0.0 { 0.0 } else { error / norm(&mut exact.iter().map(|v| f64::from(*v))) }
-}
-
-/// Row starts of a bitmap by counting its bits.
-fn row_starts(mask: &[u8], dense: &Dense, values: usize) -> Result<Vec<usize>> {
-    let mut starts = vec![0; dense.rows + 1];
-    for (row, mask) in mask.chunks(dense.cols.div_ceil(8)).enumerate() {
-        let kept: usize = mask.iter().map(|byte| byte.count_ones() as usize).sum();
-        starts[row + 1] = starts[row] + kept;
-    }
-    if starts[dense.rows] != values {
-        let reason = format!("expected {values} bits that are set, found {}", starts[dense.rows]);
-        return Err(Error::Packed { part: "mask", reason });
-    }
-    Ok(starts)
 }
 
 /// The error of a mask with more bits than the file has values.

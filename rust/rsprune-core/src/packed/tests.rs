@@ -205,6 +205,41 @@ proptest! {
     }
 }
 
+proptest! {
+    #![proptest_config(ProptestConfig::with_cases(48))]
+
+    /// A weight in float32 is the sum itself, so there the unpacked weight is the oracle.
+    #[test]
+    fn two_planes_are_added(
+        kind in formats().prop_filter("signs", |kind| matches!(kind, Format::Signs(_))),
+        rows in 1usize..40,
+        size in prop::sample::select(vec![8usize, 64, 200, 256, 520, 1100]),
+        tokens in prop::sample::select(vec![1usize, 4, 9, 33]),
+        seed: u64,
+    ) {
+        let Format::Signs(groups) = kind else { unreachable!("filtered") };
+        let (noise, cols) = (&mut Noise(seed | 1), size.next_multiple_of(8));
+        let dense = Dense::new(Float::F32, rows, cols).unwrap();
+        let [one, two] = [Format::Signs(residual::FIRST), kind]
+            .map(|kind| Packed::new(noise, kind, Float::F32, (rows, cols)));
+        let parts = residual::pack([&one.weight, &two.weight], &dense, groups).unwrap();
+        let mut packed = Packed { format: Format::Residual(groups), dense, parts, weight: vec![] };
+        let bytes = unpack(&packed.parts(), &dense, &packed.format, 0..rows).unwrap();
+        packed.weight = from_bytes(Float::F32, &bytes);
+        let x = noise.vec(tokens * cols);
+        let pool = Pool::new(1).unwrap();
+        for kernel in Kernel::available() {
+            for (mode, tolerance) in [(Mode::Float32, 1e-5), (Mode::Int8, 2.0 / 127.0)] {
+                let y = packed.apply(&kernel, &pool, &x, mode).unwrap();
+                for (y, (sum, _, _)) in y.iter().zip(product(&packed, &x)) {
+                    let bound = tolerance * 4.0 * cols as f64; // magnitudes add up to 2.2 at most
+                    prop_assert!((f64::from(*y) - sum).abs() <= bound, "{} {kind}", kernel.name);
+                }
+            }
+        }
+    }
+}
+
 /// One weight of every kind that is large enough for several workers.
 fn samples(noise: &mut Noise) -> Vec<Packed> {
     let signs = |keep, of| Format::Signs(Groups { keep, of });
@@ -299,11 +334,19 @@ fn what_does_not_fit_is_refused_by_name() {
     assert_eq!(found, "mode int8: only for weights that are packed as signs");
     let result = of_signs.apply(&job, &samples[3].parts(), &vec![0.0; 520], Mode::Int8, &mut y);
     assert!(result.unwrap_err().to_string().starts_with("bytes of the parts: expected ["));
-    let mut bitmap = samples.into_iter().nth(1).unwrap();
+    let mut samples = samples;
+    let mut bitmap = samples.remove(1);
     bitmap.parts[1][0] ^= 1;
     let found = linear(&bitmap).err().unwrap().to_string();
-    assert!(found.contains("bits that are set, found"), "{found}");
+    assert!(found.starts_with("mask: expected") && found.contains("bits, found"), "{found}");
+    let mut moved = samples.into_iter().next().unwrap();
+    moved.parts[1][0] = 0b0001_0111; // as many bits, in other groups
+    let found = linear(&moved).err().unwrap().to_string();
+    assert_eq!(found, "mask: row 0: group 0: expected 2 bits, found 3");
     assert!(Mode::parse("float16").is_err());
+    let two = Format::Residual(Groups { keep: 2, of: 8 });
+    let found = Linear::new(kernel, &two, bitmap.dense, &[&[]]).err().unwrap().to_string();
+    assert_eq!(found, "bytes of the parts: expected [19500, 1800, 12300, 5100, 1800], found [0]");
 }
 
 #[test]
