@@ -41,10 +41,9 @@ fn race(kernel: &Kernel, n: usize, rounds: usize, products: usize) -> [Vec<f64>;
     let mut product = |contestant: usize, out: &mut [f32]| match contestant {
         0 => gemm(kernel, &mut scratch, (&a, ROW_BLOCK, n), &ours, out),
         1 => {
-            let (a, c) = (
-                MatRef::from_row_major(&a, ROW_BLOCK, n),
-                MatMut::from_row_major(out, ROW_BLOCK, n),
-            );
+            // It takes a packed B only where C lies column by column.
+            let a = MatRef::from_row_major(&a, ROW_BLOCK, n);
+            let c = MatMut::from_col_major(out, ROW_BLOCK, n);
             gemm_packed_b(1.0, a, &theirs, 0.0, c, Parallelism::Serial);
         }
         _ => by_matrixmultiply(&a, &b, n, out),
@@ -54,8 +53,9 @@ fn race(kernel: &Kernel, n: usize, rounds: usize, products: usize) -> [Vec<f64>;
         product(contestant, &mut out);
         out.clone()
     });
-    for other in &results[1..] {
-        for (x, y) in results[0].iter().zip(other) {
+    for (at, x) in results[0].iter().enumerate() {
+        let (i, j) = (at / n, at % n);
+        for y in [results[1][j * ROW_BLOCK + i], results[2][at]] {
             assert!((x - y).abs() < 1e-3 * (n as f32).sqrt(), "n = {n}: {x} {y}");
         }
     }
