@@ -2,7 +2,7 @@
 //! the bytes of all parts. The last part takes what is left, so that a length can be wrong.
 
 use rsprune_core::float::Float;
-use rsprune_core::pack::{Dense, Format, unpack};
+use rsprune_core::pack::{Dense, Format, unpack, validate};
 
 /// The weight of a file, with what it takes to pack it again; an error's text else.
 pub fn unpack_file(file: &[u8]) -> Result<(Vec<u8>, Dense, Format), String> {
@@ -23,6 +23,11 @@ pub fn unpack_file(file: &[u8]) -> Result<(Vec<u8>, Dense, Format), String> {
         parts.push(part);
         rest = after;
     }
-    let weight = unpack(&parts, &dense, &format, 0..dense.rows).map_err(|e| e.to_string())?;
-    Ok((weight, dense, format))
+    let weight = unpack(&parts, &dense, &format, 0..dense.rows).map_err(|e| e.to_string());
+    // What has kernels is validated before it is multiplied: both say the same.
+    if !matches!(format, Format::Binary(_) | Format::RowColumn | Format::Uniform(_)) {
+        let told = validate(&parts, &dense, &format).map_err(|e| e.to_string());
+        assert_eq!(told.err(), weight.as_ref().err().cloned());
+    }
+    Ok((weight?, dense, format))
 }
