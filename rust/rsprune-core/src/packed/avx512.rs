@@ -83,11 +83,13 @@ impl Simd for Avx512 {
     }
 
     fn dot_signs_of<const R: usize>(self, rows: [Signs; R], x: &Group<f32>) -> [f32; R] {
-        if rows[0].mask.is_some() {
-            return rows.map(|row| self.dot_signs::<1>(row, x)[0]); // together they are slower
-        }
         // SAFETY: as above.
-        unsafe { avx512_rows::dot_signs(rows, x) }
+        unsafe {
+            match rows[0].mask {
+                Some(_) => avx512_rows::dot_signs::<false, R>(rows, x),
+                None => avx512_rows::dot_signs::<true, R>(rows, x),
+            }
+        }
     }
 
     fn dot_signs_int8_of<const R: usize>(self, rows: [Signs; R], x: &Group<i8>) -> [f32; R] {
@@ -242,7 +244,7 @@ pub(super) fn keep_and_minus(row: &Signs, i: usize) -> (u64, u64) {
 
 #[inline]
 #[target_feature(enable = "avx512f")]
-pub(super) fn scale(row: &Signs, block: usize) -> __m512 {
+fn scale(row: &Signs, block: usize) -> __m512 {
     _mm512_cvtph_ps(_mm256_set1_epi16(row.scale(block) as i16))
 }
 

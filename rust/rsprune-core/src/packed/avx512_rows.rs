@@ -1,9 +1,10 @@
 //! One token with AVX-512: several rows at once. Activations are loaded once for all of them, none
 //! waits for its own sums, and bounds are checked once a block, not once a word: what such a loop
-//! does beside its vectors is what it costs.
+//! does beside its vectors is what it costs. Masks are made where they are used: an array of them was
+//! kept as mask registers on the stack, which doubled the moves.
 #![allow(unsafe_code)] // loads; every length is checked before its loop
 
-use super::avx512::{keep_and_minus, scale};
+use super::avx512::keep_and_minus;
 use super::input::Group;
 use super::row::{BLOCK, Signs};
 use std::arch::x86_64::*;
@@ -12,43 +13,111 @@ use std::hint::black_box;
 /// Words of 64 columns that share a scale.
 const WORDS: usize = BLOCK / 64;
 
-/// Of every word of a block the columns that are added, and those that are taken away.
-type Words = [(u64, u64); WORDS];
+/// Blocks whose scales are read at once.
+const SCALES: usize = 16;
 
-/// The products of rows of signs where every column is kept: those with a minus are summed, and
-/// taken twice from the sum of all.
+/// The products of rows of signs: kept activations are summed, and those with a minus taken twice
+/// from that.
 #[target_feature(enable = "avx512f,avx512bw,avx512vl,bmi2")]
-pub(super) fn dot_signs<const R: usize>(rows: [Signs; R], group: &Group<f32>) -> [f32; R] {
+pub(super) fn dot_signs<const DENSE: bool, const R: usize>(
+    rows: [Signs; R],
+    group: &Group<f32>,
+) -> [f32; R] {
     let [x] = group.rows::<1>();
-    let (mut totals, mut all) = ([_mm512_setzero_ps(); R], [0.0; R]);
-    for block in 0..rows[0].scales.len() / 2 {
-        let mut words: [Words; R] = [[(0, 0); WORDS]; R];
-        for r in 0..R {
-            words[r] = block_words::<true>(&rows[r], block);
-        }
-        let mut taken = [_mm512_setzero_ps(); R];
-        let x = &x[block * BLOCK..x.len().min((block + 1) * BLOCK)];
-        for (w, x) in x.as_chunks::<64>().0.iter().enumerate() {
-            for h in 0..4 {
-                // SAFETY: `x` has 64 values.
-                let x = unsafe { _mm512_loadu_ps(x.as_ptr().add(16 * h)) };
-                for r in 0..R {
-                    let minus = (words[r][w].1 >> (16 * h)) as u16;
-                    taken[r] = _mm512_mask_add_ps(taken[r], minus, taken[r], x);
-                }
+    let mut totals = [_mm512_setzero_ps(); R];
+    let blocks = rows[0].scales.len() / 2;
+    for first in (0..blocks).step_by(SCALES) {
+        let scales = scales::<DENSE, R>(&rows, first, &group.sums, &mut totals);
+        for block in first..blocks.min(first + SCALES) {
+            let x = &x[block * BLOCK..x.len().min((block + 1) * BLOCK)];
+            let sums = match are_whole::<DENSE, R>(&rows, block) {
+                true => sums::<DENSE, true, R>(&rows, block, x),
+                false => sums::<DENSE, false, R>(&rows, block, x),
+            };
+            for r in 0..R {
+                let scale = _mm512_set1_ps(scales[r][block - first]);
+                totals[r] = _mm512_fmadd_ps(scale, sums[r], totals[r]);
             }
-        }
-        for r in 0..R {
-            let scale = scale(&rows[r], block);
-            totals[r] = _mm512_fmadd_ps(scale, taken[r], totals[r]);
-            all[r] += _mm512_cvtss_f32(scale) * group.sum(0, block);
         }
     }
     let mut found = [0.0; R];
     for r in 0..R {
-        found[r] = all[r] - 2.0 * _mm512_reduce_add_ps(totals[r]);
+        found[r] = _mm512_reduce_add_ps(totals[r]);
     }
     found
+}
+
+/// The scales of 16 blocks. Where all columns are kept, adds what all activations give to `totals`, and the
+/// scales are those of what is taken from it.
+#[inline]
+#[target_feature(enable = "avx512f,avx512bw,avx512vl")]
+fn scales<const DENSE: bool, const R: usize>(
+    rows: &[Signs; R],
+    first: usize,
+    sums: &[f32],
+    totals: &mut [__m512; R],
+) -> [[f32; SCALES]; R] {
+    let mut scales = [[0.0; SCALES]; R];
+    let sums = sums.get(first..).unwrap_or(&[]);
+    let some = lanes(sums.len());
+    // SAFETY: masked lanes are not read.
+    let sums = unsafe { _mm512_maskz_loadu_ps(some, sums.as_ptr()) };
+    for r in 0..R {
+        let bytes = &rows[r].scales[2 * first..];
+        let some = lanes(bytes.len() / 2);
+        // SAFETY: as above.
+        let halves = unsafe { _mm256_maskz_loadu_epi16(some, bytes.as_ptr().cast()) };
+        let mut scale = _mm512_cvtph_ps(halves);
+        if DENSE {
+            totals[r] = _mm512_fmadd_ps(scale, sums, totals[r]);
+            scale = _mm512_mul_ps(scale, _mm512_set1_ps(-2.0));
+        }
+        // SAFETY: there is room for 16.
+        unsafe { _mm512_storeu_ps(scales[r].as_mut_ptr(), scale) };
+    }
+    scales
+}
+
+/// A bit for each of `count` lanes, 16 at most.
+fn lanes(count: usize) -> u16 {
+    if count >= SCALES { !0 } else { (1 << count) - 1 }
+}
+
+/// Of one block; where all columns are kept, of those with a minus alone.
+#[inline]
+#[target_feature(enable = "avx512f,avx512bw,avx512vl,bmi2")]
+fn sums<const DENSE: bool, const WHOLE: bool, const R: usize>(
+    rows: &[Signs; R],
+    block: usize,
+    x: &[f32],
+) -> [__m512; R] {
+    let (mut added, mut taken) = ([_mm512_setzero_ps(); R], [_mm512_setzero_ps(); R]);
+    for (w, x) in x.as_chunks::<64>().0.iter().enumerate() {
+        let mut words = [(0, 0); R];
+        for r in 0..R {
+            words[r] = word::<DENSE, WHOLE>(&rows[r], block * WORDS + w);
+        }
+        for h in 0..4 {
+            // SAFETY: `x` has 64 values.
+            let x = unsafe { _mm512_loadu_ps(x.as_ptr().add(16 * h)) };
+            for r in 0..R {
+                let (keep, minus) =
+                    ((words[r].0 >> (16 * h)) as u16, (words[r].1 >> (16 * h)) as u16);
+                if !DENSE {
+                    added[r] = _mm512_mask_add_ps(added[r], keep, added[r], x);
+                }
+                taken[r] = _mm512_mask_add_ps(taken[r], minus, taken[r], x);
+            }
+        }
+    }
+    if DENSE {
+        return taken;
+    }
+    let twice = _mm512_set1_ps(-2.0);
+    for r in 0..R {
+        added[r] = _mm512_fmadd_ps(twice, taken[r], added[r]);
+    }
+    added
 }
 
 /// The same with activations in 8 bits.
@@ -58,78 +127,84 @@ pub(super) fn dot_signs_int8<const DENSE: bool, const R: usize>(
     group: &Group<i8>,
 ) -> [f32; R] {
     let [x] = group.rows::<1>();
+    let mut totals = [_mm512_setzero_ps(); R];
+    let blocks = rows[0].scales.len() / 2;
+    for first in (0..blocks).step_by(SCALES) {
+        let scales = scales::<DENSE, R>(&rows, first, &group.sums, &mut totals);
+        for block in first..blocks.min(first + SCALES) {
+            let x = &x[block * BLOCK..x.len().min((block + 1) * BLOCK)];
+            let sums = match are_whole::<DENSE, R>(&rows, block) {
+                true => sums_int8::<DENSE, true, R>(&rows, block, x),
+                false => sums_int8::<DENSE, false, R>(&rows, block, x),
+            };
+            for r in 0..R {
+                let scale = _mm512_set1_ps(scales[r][block - first]);
+                totals[r] = _mm512_fmadd_ps(scale, _mm512_cvtepi32_ps(sums[r]), totals[r]);
+            }
+        }
+    }
+    let mut found = [0.0; R];
+    for r in 0..R {
+        found[r] = group.units[0] * _mm512_reduce_add_ps(totals[r]);
+    }
+    found
+}
+
+#[inline]
+#[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512vnni,bmi2")]
+fn sums_int8<const DENSE: bool, const WHOLE: bool, const R: usize>(
+    rows: &[Signs; R],
+    block: usize,
+    x: &[i8],
+) -> [__m512i; R] {
     // Known, it would be loaded from memory under each mask, which is slower than a masked move.
     let one = black_box(_mm512_set1_epi8(1));
-    let (mut totals, mut all) = ([_mm512_setzero_ps(); R], [0.0; R]);
-    for block in 0..rows[0].scales.len() / 2 {
-        let (mut added, mut taken) = ([_mm512_setzero_si512(); R], [_mm512_setzero_si512(); R]);
-        let mut words: [Words; R] = [[(0, 0); WORDS]; R];
+    let (mut added, mut taken) = ([_mm512_setzero_si512(); R], [_mm512_setzero_si512(); R]);
+    for (w, x) in x.as_chunks::<64>().0.iter().enumerate() {
+        // SAFETY: `x` has 64 values.
+        let x = unsafe { _mm512_loadu_si512(x.as_ptr().cast()) };
         for r in 0..R {
-            words[r] = block_words::<DENSE>(&rows[r], block);
-        }
-        let x = &x[block * BLOCK..x.len().min((block + 1) * BLOCK)];
-        for (w, x) in x.as_chunks::<64>().0.iter().enumerate() {
-            // SAFETY: `x` has 64 values.
-            let x = unsafe { _mm512_loadu_si512(x.as_ptr().cast()) };
-            for r in 0..R {
-                let (plus, minus) = words[r][w];
-                if !DENSE {
-                    let plus = _mm512_maskz_mov_epi8(plus, one);
-                    added[r] = _mm512_dpbusd_epi32(added[r], plus, x);
-                }
-                let minus = _mm512_maskz_mov_epi8(minus, one);
-                taken[r] = _mm512_dpbusd_epi32(taken[r], minus, x);
+            let (keep, minus) = word::<DENSE, WHOLE>(&rows[r], block * WORDS + w);
+            if !DENSE {
+                added[r] = _mm512_dpbusd_epi32(added[r], _mm512_maskz_mov_epi8(keep, one), x);
             }
-        }
-        for r in 0..R {
-            let scale = scale(&rows[r], block);
-            let sum = _mm512_cvtepi32_ps(_mm512_sub_epi32(added[r], taken[r]));
-            totals[r] = _mm512_fmadd_ps(scale, sum, totals[r]);
-            if DENSE {
-                all[r] += _mm512_cvtss_f32(scale) * group.sum(0, block);
-            }
+            taken[r] = _mm512_dpbusd_epi32(taken[r], _mm512_maskz_mov_epi8(minus, one), x);
         }
     }
-    let twice = if DENSE { 2.0 } else { 1.0 };
-    std::array::from_fn(|r| group.units[0] * (twice * _mm512_reduce_add_ps(totals[r]) + all[r]))
+    if DENSE {
+        return taken;
+    }
+    for r in 0..R {
+        added[r] = _mm512_sub_epi32(added[r], _mm512_slli_epi32::<1>(taken[r]));
+    }
+    added
 }
 
-/// A row's words of a block; what lies behind its end means nothing. Loops, as a closure would not
-/// be compiled for the instructions of its caller.
+/// Whether all rows have all bytes of a block, so that `word` need not ask.
+#[inline]
+fn are_whole<const DENSE: bool, const R: usize>(rows: &[Signs; R], block: usize) -> bool {
+    let (first, last) = (block * WORDS, (block + 1) * WORDS);
+    rows.iter().all(|row| {
+        let has_mask = row.mask.is_some_and(|mask| mask.len() >= 8 * last);
+        row.signs.len() >= (first + WORDS - 1) * row.step + 8 && (DENSE || has_mask)
+    })
+}
+
+/// The kept columns of word `i`, and those of them with a minus.
 #[inline]
 #[target_feature(enable = "bmi2")]
-fn block_words<const DENSE: bool>(row: &Signs, block: usize) -> Words {
-    let (first, step) = (block * WORDS, row.step);
-    let signs = row.signs.get(first * step..(first + WORDS - 1) * step + 8);
-    let mask = row.mask.unwrap_or(&[]).get(8 * first..8 * (first + WORDS));
-    let (Some(signs), true) = (signs, DENSE || mask.is_some()) else {
-        return last_words(row, first);
-    };
-    let (mask, mut words) = (mask.unwrap_or(&[]), [(0, 0); WORDS]);
-    for (w, word) in words.iter_mut().enumerate() {
-        // SAFETY: both slices were cut to hold these words.
-        unsafe {
-            let signs = signs.as_ptr().add(w * step).cast::<u64>().read_unaligned();
-            *word = if DENSE {
-                (!signs, signs)
-            } else {
-                let keep = mask.as_ptr().add(8 * w).cast::<u64>().read_unaligned();
-                let minus = _pdep_u64(signs, keep);
-                (keep & !minus, minus)
-            };
+fn word<const DENSE: bool, const WHOLE: bool>(row: &Signs, i: usize) -> (u64, u64) {
+    if !WHOLE {
+        return keep_and_minus(row, i);
+    }
+    let mask = row.mask.unwrap_or(&[]);
+    // SAFETY: `are_whole` saw that both have these bytes.
+    unsafe {
+        let signs = row.signs.as_ptr().add(i * row.step).cast::<u64>().read_unaligned();
+        if DENSE {
+            return (!0, signs);
         }
+        let keep = mask.as_ptr().add(8 * i).cast::<u64>().read_unaligned();
+        (keep, _pdep_u64(signs, keep))
     }
-    words
-}
-
-#[cold]
-#[inline(never)]
-#[target_feature(enable = "bmi2")]
-fn last_words(row: &Signs, first: usize) -> Words {
-    let mut words = [(0, 0); WORDS];
-    for (w, word) in words.iter_mut().enumerate() {
-        let (keep, minus) = keep_and_minus(row, first + w);
-        *word = (keep & !minus, minus);
-    }
-    words
 }
