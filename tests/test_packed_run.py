@@ -296,6 +296,16 @@ BROKEN: dict[str, tuple[Callable[[Path], None], str]] = {
         lambda f: edit_config(f, lambda s: s["linears"].update({DOWN: "zip"})),
         f'{DOWN}: packed format "zip": unknown',
     ),
+    "no format": (
+        lambda f: edit_config(f, lambda s: s["linears"].update({DOWN: ""})),
+        f'{DOWN}: packed format "": unknown',
+    ),
+    "no format in int8": (
+        lambda f: edit_config(
+            f, lambda s: s.update(compute="int8", linears=s["linears"] | {DOWN: ""})
+        ),
+        "expected signs beside compute 'int8'",
+    ),
     "an odd shape": (
         lambda f: edit_config(f, lambda s: s["dense"].update({DOWN: ["BF16", [32, -64]]})),
         f"{DOWN}: expected a format and",

@@ -98,6 +98,8 @@ def evaluate_tasks(
             trust_remote_code=trust_remote_code,
             progress=progress,
         )
+        if warning := scorer.skeleton.beyond_context(seq_len or 0):
+            progress.note(f"warning: {warning}")
         tokenizer = load_tokenizer(folder, trust_remote_code)
         current = {} if resume is None else fingerprint(scorer.skeleton, measure="tasks")
         with open_journal(resume, current) as journal:

@@ -173,7 +173,7 @@ def packed_weights(settings: Mapping[str, Any]) -> dict[str, PackedWeight]:
         raise ValueError(f"expected the same names in 'linears' and 'dense', not so for {names}")
     if compute == "int8":
         for linear, form in linears.items():
-            if str(form).split()[0] not in SIGNS:
+            if str(form).partition(" ")[0] not in SIGNS:
                 raise ValueError(f"{linear}: expected signs beside compute 'int8', found {form!r}")
     return {f"{linear}.weight": _weight(linear, linears[linear], dense[linear]) for linear in dense}
 

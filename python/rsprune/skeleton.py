@@ -210,9 +210,19 @@ class Skeleton:
     def beyond_context(self, tokens: int) -> str | None:
         """What is to be said of windows that are longer than the model was made for."""
         longest = getattr(self.config.get_text_config(), "max_position_embeddings", None)
-        if longest is None or tokens <= longest:
+        if not isinstance(longest, int) or not 0 < longest < tokens:
             return None
         return f"windows of {tokens} tokens: the model was made for {longest} positions"
+
+    def has_position_table(self) -> bool:
+        """Whether positions are looked up: an embedding has a row for each, and a few before."""
+        longest = self.config.get_text_config().max_position_embeddings
+        return any(
+            isinstance(module, nn.Embedding) and 0 <= module.num_embeddings - longest <= 8
+            for name, module in self.model.named_modules()
+            if not name.startswith(f"{self.layer_prefix}.")
+            and module is not self.model.get_input_embeddings()
+        )
 
     def expert_share(self, index: int) -> float:
         """Of all tokens, those that an expert of layer `index` sees on average."""

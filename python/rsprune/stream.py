@@ -77,13 +77,8 @@ class Stream:
 
     def _check_length(self, tokens: int) -> None:
         """Refuses what a learned table of positions has no rows for (torch: index out of range)."""
-        words, inside = self.model.get_input_embeddings(), f"{self.skeleton.layer_prefix}."
-        has_table = any(
-            isinstance(module, nn.Embedding) and module is not words
-            for name, module in self.model.named_modules()
-            if not name.startswith(inside)
-        )
-        if has_table and (warning := self.skeleton.beyond_context(tokens)):
+        warning = self.skeleton.beyond_context(tokens)
+        if warning and self.skeleton.has_position_table():
             raise UsageError(f"{warning}, in a table of learned ones")
 
     def check_ids(self, windows: Tensor) -> None:

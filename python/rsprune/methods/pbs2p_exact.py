@@ -25,7 +25,7 @@ CODES = ("2:8", "8:8", "3:8", "3:4", "4:8", "5:8", "8:8 + 1:8", "8:8 + 2:8", "8:
 5 % less where no few weights are large."""
 REACH = 0.75
 """Codes that take more or fewer bits than asked by this are not measured. Nor are second planes
-where one suffices: such weights have no kernels, no int8 products and no ternary type in GGUF."""
+where one suffices: such weights take two products, and have no ternary type in GGUF."""
 ONE_PLANE = 1.4
 """True bits up to which one plane suffices, whatever the shapes."""
 DEFAULT_BITS = 1.0

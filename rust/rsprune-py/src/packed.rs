@@ -1,7 +1,7 @@
 //! Products with packed weights.
 
 use crate::buffers::{contiguous, matrix, row_major};
-use crate::enter::short;
+use crate::enter::{detach, short};
 use crate::errors::to_py;
 use crate::pack::{described, lent, parsed};
 use numpy::{PyArray1, PyArray2, PyArrayMethods, PyReadonlyArray2, PyUntypedArrayMethods};
@@ -24,6 +24,7 @@ pub struct PackedMatrix {
 impl PackedMatrix {
     #[new]
     fn new(
+        py: Python<'_>,
         parts: &Bound<'_, PyDict>,
         dtype: &str,
         format: &str,
@@ -35,7 +36,7 @@ impl PackedMatrix {
         let slices = lent.iter().map(|part| contiguous(part.as_slice()));
         let slices = slices.collect::<PyResult<Vec<_>>>()?;
         let kernel = Kernel::select().map_err(to_py)?;
-        let linear = Linear::new(kernel, &format, dense, &slices).map_err(to_py)?;
+        let linear = detach(py, || Linear::new(kernel, &format, dense, &slices))?;
         let parts = lent.iter().map(|part| (**part).clone().unbind()).collect();
         Ok(PackedMatrix { linear, parts, rows: dense.rows, cols: dense.cols })
     }

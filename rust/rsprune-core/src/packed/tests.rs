@@ -229,12 +229,50 @@ proptest! {
         let x = noise.vec(tokens * cols);
         let pool = Pool::new(1).unwrap();
         for kernel in Kernel::available() {
-            for (mode, tolerance) in [(Mode::Float32, 1e-5), (Mode::Int8, 2.0 / 127.0)] {
-                let y = packed.apply(&kernel, &pool, &x, mode).unwrap();
-                for (y, (sum, _, _)) in y.iter().zip(product(&packed, &x)) {
-                    let bound = tolerance * 4.0 * cols as f64; // magnitudes add up to 2.2 at most
-                    prop_assert!((f64::from(*y) - sum).abs() <= bound, "{} {kind}", kernel.name);
-                }
+            let exact = packed.apply(&kernel, &pool, &x, Mode::Float32).unwrap();
+            let rounded = packed.apply(&kernel, &pool, &x, Mode::Int8).unwrap();
+            let planes = one.weight.iter().zip(&two.weight).map(|(a, b)| a.abs() + b.abs());
+            let sizes: Vec<f32> = planes.collect();
+            for (i, (sum, _, _)) in product(&packed, &x).into_iter().enumerate() {
+                let (token, row) = (&x[i / rows * cols..][..cols], &sizes[i % rows * cols..][..cols]);
+                let largest = token.iter().fold(0.0f32, |most, v| most.max(v.abs()));
+                let weights: f64 = row.iter().map(|w| f64::from(*w)).sum();
+                let block = 2.2 * cols as f64; // no scale is larger than 1.1
+                let error = (f64::from(exact[i]) - sum).abs();
+                prop_assert!(error <= block * cols as f64 * f64::from(f32::EPSILON), "{error}");
+                let bound = f64::from(largest) / 254.0 * weights * 1.001 + 1e-4 * weights;
+                let error = (f64::from(rounded[i]) - sum).abs();
+                prop_assert!(error <= bound, "{} {kind}: {error} {bound}", kernel.name);
+            }
+        }
+    }
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig::with_cases(12))]
+
+    /// Beyond 16 blocks of scales, and beyond the columns whose activations stay near.
+    #[test]
+    fn long_rows_of_signs_with_one_token(
+        kind in prop::sample::select(vec![(2, 8), (3, 4), (8, 8)]),
+        rows in 1usize..9,
+        cols in prop::sample::select(vec![4096usize + 264, 8192 + 264]),
+        seed: u64,
+    ) {
+        let (noise, groups) = (&mut Noise(seed | 1), Groups { keep: kind.0, of: kind.1 });
+        let packed = Packed::new(noise, Format::Signs(groups), Float::Bf16, (rows, cols));
+        let x = noise.vec(cols);
+        let expected = product(&packed, &x);
+        let largest = x.iter().fold(0.0f32, |most, v| most.max(v.abs()));
+        for kernel in Kernel::available() {
+            let pool = Pool::new(1).unwrap();
+            let exact = packed.apply(&kernel, &pool, &x, Mode::Float32).unwrap();
+            let rounded = packed.apply(&kernel, &pool, &x, Mode::Int8).unwrap();
+            for ((exact, rounded), (sum, weights, _)) in exact.iter().zip(rounded).zip(&expected) {
+                let error = (f64::from(*exact) - sum).abs();
+                prop_assert!(error <= 2e-6 * cols as f64, "{} {error}", kernel.name);
+                let bound = f64::from(largest) / 254.0 * weights * 1.001 + 1e-4 * weights;
+                prop_assert!((f64::from(rounded) - sum).abs() <= bound, "{}", kernel.name);
             }
         }
     }

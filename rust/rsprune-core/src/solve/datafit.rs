@@ -30,7 +30,8 @@ use std::sync::Arc;
 const SMALLEST_ROOT: f64 = 1e-2;
 
 /// Columns of a packed matrix that all rows are multiplied with before the next ones: a matrix that
-/// lies in a file is read once a product and not once a row block.
+/// lies in a file is read once a product and not once a row block. Whole panels of it, a few less where
+/// panels do not divide them.
 const STRIP: usize = 1024;
 
 /// A matrix of the weight's shape that several may look at.
@@ -237,8 +238,9 @@ fn multiply(
 ) -> Result<Buffer> {
     let (n, block) = (m.n, ROW_BLOCK * m.n);
     let mut product = job.zeros(len)?;
-    for first in (0..n).step_by(STRIP) {
-        let columns = first..(first + STRIP).min(n);
+    let strip = STRIP - STRIP % kernel.nr;
+    for first in (0..n).step_by(strip) {
+        let columns = first..(first + strip).min(n);
         job.map_blocks(&mut product, block, |i, c| {
             let d = rows(i * block..i * block + c.len());
             let left = (&d[..], c.len() / n, n);
@@ -270,5 +272,33 @@ pub fn roots(stats: &Statistics) -> Vec<f32> {
 pub(super) fn scale(values: &mut [f32], roots: &[f32]) {
     for row in values.chunks_exact_mut(roots.len().max(1)) {
         row.iter_mut().zip(roots).for_each(|(v, r)| *v *= r);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::par::Pool;
+    use std::sync::atomic::AtomicBool;
+
+    #[test]
+    fn strips_end_with_a_panel_of_every_kernel() {
+        let (rows, n) = (3, STRIP + 76);
+        let value = |i: usize| ((i * 7919 + 13) % 1009) as f32 / 1009.0 - 0.5;
+        let (d, m): (Vec<f32>, Vec<f32>) =
+            ((0..rows * n).map(value).collect(), (0..n * n).map(value).collect());
+        let (pool, cancel) = (Pool::new(1).unwrap(), AtomicBool::new(false));
+        for kernel in Kernel::available() {
+            let packed = PackedB::new(&kernel, &m, n, n, n);
+            let some = |range: Range<usize>| d[range].to_vec();
+            let job = Job::new(&pool, &cancel);
+            let product = multiply(&job, &kernel, &some, d.len(), &packed).unwrap();
+            for (i, j) in [(0, 0), (1, STRIP - 5), (1, STRIP), (2, n - 1)] {
+                let terms = (0..n).map(|p| f64::from(d[i * n + p]) * f64::from(m[p * n + j]));
+                let expected: f64 = terms.sum();
+                let found = f64::from(product[i * n + j]);
+                assert!((found - expected).abs() < 1e-3, "{}: {found} {expected}", kernel.name);
+            }
+        }
     }
 }
