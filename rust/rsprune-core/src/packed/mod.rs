@@ -343,4 +343,6 @@ fn transpose(from: &[f32], cols: usize, to: &mut [f32]) {
 }
 
 #[cfg(test)]
+mod sign_tests;
+#[cfg(test)]
 mod tests;

@@ -6,7 +6,7 @@ use crate::par::Pool;
 use proptest::prelude::*;
 use std::sync::atomic::AtomicBool;
 
-struct Noise(u64);
+pub(super) struct Noise(pub(super) u64);
 
 impl Noise {
     /// Uniform in -1 to 1.
@@ -19,7 +19,7 @@ impl Noise {
         (((self.next() + 1.0) / 2.0 * bound as f32) as usize).min(bound - 1)
     }
 
-    fn vec(&mut self, len: usize) -> Vec<f32> {
+    pub(super) fn vec(&mut self, len: usize) -> Vec<f32> {
         (0..len).map(|_| self.next()).collect()
     }
 }
@@ -75,7 +75,7 @@ fn to_bytes(float: Float, values: &[f32]) -> Vec<u8> {
     }
 }
 
-fn from_bytes(float: Float, bytes: &[u8]) -> Vec<f32> {
+pub(super) fn from_bytes(float: Float, bytes: &[u8]) -> Vec<f32> {
     match float {
         Float::F32 => bytes.as_chunks().0.iter().map(|b| f32::from_le_bytes(*b)).collect(),
         _ => bytes.as_chunks().0.iter().map(|b| float.from_bits(u16::from_le_bytes(*b))).collect(),
@@ -83,15 +83,20 @@ fn from_bytes(float: Float, bytes: &[u8]) -> Vec<f32> {
 }
 
 /// A packed weight and what it unpacks to.
-struct Packed {
-    format: Format,
-    dense: Dense,
-    parts: Vec<Vec<u8>>,
-    weight: Vec<f32>,
+pub(super) struct Packed {
+    pub(super) format: Format,
+    pub(super) dense: Dense,
+    pub(super) parts: Vec<Vec<u8>>,
+    pub(super) weight: Vec<f32>,
 }
 
 impl Packed {
-    fn new(noise: &mut Noise, kind: Format, float: Float, (rows, cols): (usize, usize)) -> Packed {
+    pub(super) fn new(
+        noise: &mut Noise,
+        kind: Format,
+        float: Float,
+        (rows, cols): (usize, usize),
+    ) -> Packed {
         let mut values = weight(noise, &kind, rows, cols);
         let to_f16 = |v: &mut f32| *v = Float::Bf16.round(Float::F16.round(*v));
         if matches!(kind, Format::Signs(_)) {
@@ -109,11 +114,17 @@ impl Packed {
         Packed { format, dense, weight: from_bytes(float, &unpacked), parts }
     }
 
-    fn parts(&self) -> Vec<&[u8]> {
+    pub(super) fn parts(&self) -> Vec<&[u8]> {
         self.parts.iter().map(Vec::as_slice).collect()
     }
 
-    fn apply(&self, kernel: &Kernel, pool: &Pool, x: &[f32], mode: Mode) -> Result<Vec<f32>> {
+    pub(super) fn apply(
+        &self,
+        kernel: &Kernel,
+        pool: &Pool,
+        x: &[f32],
+        mode: Mode,
+    ) -> Result<Vec<f32>> {
         let linear = Linear::new(*kernel, &self.format, self.dense, &self.parts())?;
         let cancel = AtomicBool::new(false);
         let mut y = vec![f32::NAN; x.len() / self.dense.cols * self.dense.rows];
@@ -122,7 +133,7 @@ impl Packed {
     }
 }
 
-fn formats() -> impl Strategy<Value = Format> {
+pub(super) fn formats() -> impl Strategy<Value = Format> {
     let groups = |lengths: Vec<usize>| {
         let keep = |of: usize| (1..=of).prop_map(move |keep| Groups { keep, of });
         prop::sample::select(lengths).prop_flat_map(keep)
@@ -145,7 +156,7 @@ fn columns(format: &Format, size: usize) -> usize {
 }
 
 /// `(y, sum |w| , sum |w x|)` of every output in f64.
-fn product(packed: &Packed, x: &[f32]) -> Vec<(f64, f64, f64)> {
+pub(super) fn product(packed: &Packed, x: &[f32]) -> Vec<(f64, f64, f64)> {
     let cols = packed.dense.cols;
     let rows = packed.weight.chunks(cols);
     x.chunks(cols)
@@ -200,79 +211,6 @@ proptest! {
                         prop_assert!(error <= bound, "{}: {y} {sum} {bound}", kernel.name);
                     }
                 }
-            }
-        }
-    }
-}
-
-proptest! {
-    #![proptest_config(ProptestConfig::with_cases(48))]
-
-    /// A weight in float32 is the sum itself, so there the unpacked weight is the oracle.
-    #[test]
-    fn two_planes_are_added(
-        kind in formats().prop_filter("signs", |kind| matches!(kind, Format::Signs(_))),
-        rows in 1usize..40,
-        size in prop::sample::select(vec![8usize, 64, 200, 256, 520, 1100]),
-        tokens in prop::sample::select(vec![1usize, 4, 9, 33]),
-        seed: u64,
-    ) {
-        let Format::Signs(groups) = kind else { unreachable!("filtered") };
-        let (noise, cols) = (&mut Noise(seed | 1), size.next_multiple_of(8));
-        let dense = Dense::new(Float::F32, rows, cols).unwrap();
-        let [one, two] = [Format::Signs(residual::FIRST), kind]
-            .map(|kind| Packed::new(noise, kind, Float::F32, (rows, cols)));
-        let parts = residual::pack([&one.weight, &two.weight], &dense, groups).unwrap();
-        let mut packed = Packed { format: Format::Residual(groups), dense, parts, weight: vec![] };
-        let bytes = unpack(&packed.parts(), &dense, &packed.format, 0..rows).unwrap();
-        packed.weight = from_bytes(Float::F32, &bytes);
-        let x = noise.vec(tokens * cols);
-        let pool = Pool::new(1).unwrap();
-        for kernel in Kernel::available() {
-            let exact = packed.apply(&kernel, &pool, &x, Mode::Float32).unwrap();
-            let rounded = packed.apply(&kernel, &pool, &x, Mode::Int8).unwrap();
-            let planes = one.weight.iter().zip(&two.weight).map(|(a, b)| a.abs() + b.abs());
-            let sizes: Vec<f32> = planes.collect();
-            for (i, (sum, _, _)) in product(&packed, &x).into_iter().enumerate() {
-                let (token, row) = (&x[i / rows * cols..][..cols], &sizes[i % rows * cols..][..cols]);
-                let largest = token.iter().fold(0.0f32, |most, v| most.max(v.abs()));
-                let weights: f64 = row.iter().map(|w| f64::from(*w)).sum();
-                let block = 2.2 * cols as f64; // no scale is larger than 1.1
-                let error = (f64::from(exact[i]) - sum).abs();
-                prop_assert!(error <= block * cols as f64 * f64::from(f32::EPSILON), "{error}");
-                let bound = f64::from(largest) / 254.0 * weights * 1.001 + 1e-4 * weights;
-                let error = (f64::from(rounded[i]) - sum).abs();
-                prop_assert!(error <= bound, "{} {kind}: {error} {bound}", kernel.name);
-            }
-        }
-    }
-}
-
-proptest! {
-    #![proptest_config(ProptestConfig::with_cases(12))]
-
-    /// Beyond 16 blocks of scales, and beyond the columns whose activations stay near.
-    #[test]
-    fn long_rows_of_signs_with_one_token(
-        kind in prop::sample::select(vec![(2, 8), (3, 4), (8, 8)]),
-        rows in 1usize..9,
-        cols in prop::sample::select(vec![4096usize + 264, 8192 + 264]),
-        seed: u64,
-    ) {
-        let (noise, groups) = (&mut Noise(seed | 1), Groups { keep: kind.0, of: kind.1 });
-        let packed = Packed::new(noise, Format::Signs(groups), Float::Bf16, (rows, cols));
-        let x = noise.vec(cols);
-        let expected = product(&packed, &x);
-        let largest = x.iter().fold(0.0f32, |most, v| most.max(v.abs()));
-        for kernel in Kernel::available() {
-            let pool = Pool::new(1).unwrap();
-            let exact = packed.apply(&kernel, &pool, &x, Mode::Float32).unwrap();
-            let rounded = packed.apply(&kernel, &pool, &x, Mode::Int8).unwrap();
-            for ((exact, rounded), (sum, weights, _)) in exact.iter().zip(rounded).zip(&expected) {
-                let error = (f64::from(*exact) - sum).abs();
-                prop_assert!(error <= 2e-6 * cols as f64, "{} {error}", kernel.name);
-                let bound = f64::from(largest) / 254.0 * weights * 1.001 + 1e-4 * weights;
-                prop_assert!((f64::from(rounded) - sum).abs() <= bound, "{}", kernel.name);
             }
         }
     }
