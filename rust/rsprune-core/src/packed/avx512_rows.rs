@@ -16,36 +16,43 @@ const WORDS: usize = BLOCK / 64;
 /// Blocks whose scales are read at once.
 const SCALES: usize = 16;
 
-/// The products of rows of signs: kept activations are summed, and those with a minus taken twice
-/// from that.
-#[target_feature(enable = "avx512f,avx512bw,avx512vl,bmi2")]
-pub(super) fn dot_signs<const DENSE: bool, const R: usize>(
-    rows: [Signs; R],
-    group: &Group<f32>,
-) -> [f32; R] {
-    let [x] = group.rows::<1>();
-    let mut totals = [_mm512_setzero_ps(); R];
-    let blocks = rows[0].scales.len() / 2;
-    for first in (0..blocks).step_by(SCALES) {
-        let scales = scales::<DENSE, R>(&rows, first, &group.sums, &mut totals);
-        for block in first..blocks.min(first + SCALES) {
-            let x = &x[block * BLOCK..x.len().min((block + 1) * BLOCK)];
-            let sums = match are_whole::<DENSE, R>(&rows, block) {
-                true => sums::<DENSE, true, R>(&rows, block, x),
-                false => sums::<DENSE, false, R>(&rows, block, x),
-            };
-            for r in 0..R {
-                let scale = _mm512_set1_ps(scales[r][block - first]);
-                totals[r] = _mm512_fmadd_ps(scale, sums[r], totals[r]);
+/// The products of rows of signs with activations of one type: kept ones are summed, and those with a
+/// minus taken twice from that. A macro, as closures are not compiled for their caller's instructions.
+macro_rules! dot_signs {
+    ($name:ident, $features:literal, $number:ty, $sums:ident) => {
+        #[target_feature(enable = $features)]
+        pub(super) fn $name<const DENSE: bool, const R: usize>(
+            rows: [Signs; R],
+            group: &Group<$number>,
+        ) -> [f32; R] {
+            let [x] = group.rows::<1>();
+            let mut totals = [_mm512_setzero_ps(); R];
+            let blocks = rows[0].scales.len() / 2;
+            for first in (0..blocks).step_by(SCALES) {
+                let scales = scales::<DENSE, R>(&rows, first, &group.sums, &mut totals);
+                for block in first..blocks.min(first + SCALES) {
+                    let x = &x[block * BLOCK..x.len().min((block + 1) * BLOCK)];
+                    let sums = match are_whole::<DENSE, R>(&rows, block) {
+                        true => $sums::<DENSE, true, R>(&rows, block, x),
+                        false => $sums::<DENSE, false, R>(&rows, block, x),
+                    };
+                    for r in 0..R {
+                        let scale = _mm512_set1_ps(scales[r][block - first]);
+                        totals[r] = _mm512_fmadd_ps(scale, sums[r], totals[r]);
+                    }
+                }
             }
+            let mut found = [0.0; R];
+            for r in 0..R {
+                found[r] = group.units[0] * _mm512_reduce_add_ps(totals[r]);
+            }
+            found
         }
-    }
-    let mut found = [0.0; R];
-    for r in 0..R {
-        found[r] = _mm512_reduce_add_ps(totals[r]);
-    }
-    found
+    };
 }
+
+dot_signs!(dot_signs, "avx512f,avx512bw,avx512vl,bmi2", f32, sums);
+dot_signs!(dot_signs_int8, "avx512f,avx512bw,avx512vl,avx512vnni,bmi2", i8, sums_int8);
 
 /// The scales of 16 blocks. Where all columns are kept, adds what all activations give to `totals`, and the
 /// scales are those of what is taken from it.
@@ -120,43 +127,14 @@ fn sums<const DENSE: bool, const WHOLE: bool, const R: usize>(
     added
 }
 
-/// The same with activations in 8 bits.
-#[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512vnni,bmi2")]
-pub(super) fn dot_signs_int8<const DENSE: bool, const R: usize>(
-    rows: [Signs; R],
-    group: &Group<i8>,
-) -> [f32; R] {
-    let [x] = group.rows::<1>();
-    let mut totals = [_mm512_setzero_ps(); R];
-    let blocks = rows[0].scales.len() / 2;
-    for first in (0..blocks).step_by(SCALES) {
-        let scales = scales::<DENSE, R>(&rows, first, &group.sums, &mut totals);
-        for block in first..blocks.min(first + SCALES) {
-            let x = &x[block * BLOCK..x.len().min((block + 1) * BLOCK)];
-            let sums = match are_whole::<DENSE, R>(&rows, block) {
-                true => sums_int8::<DENSE, true, R>(&rows, block, x),
-                false => sums_int8::<DENSE, false, R>(&rows, block, x),
-            };
-            for r in 0..R {
-                let scale = _mm512_set1_ps(scales[r][block - first]);
-                totals[r] = _mm512_fmadd_ps(scale, _mm512_cvtepi32_ps(sums[r]), totals[r]);
-            }
-        }
-    }
-    let mut found = [0.0; R];
-    for r in 0..R {
-        found[r] = group.units[0] * _mm512_reduce_add_ps(totals[r]);
-    }
-    found
-}
-
+/// The same with activations in 8 bits; whole numbers until the last step.
 #[inline]
 #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512vnni,bmi2")]
 fn sums_int8<const DENSE: bool, const WHOLE: bool, const R: usize>(
     rows: &[Signs; R],
     block: usize,
     x: &[i8],
-) -> [__m512i; R] {
+) -> [__m512; R] {
     // Known, it would be loaded from memory under each mask, which is slower than a masked move.
     let one = black_box(_mm512_set1_epi8(1));
     let (mut added, mut taken) = ([_mm512_setzero_si512(); R], [_mm512_setzero_si512(); R]);
@@ -171,13 +149,15 @@ fn sums_int8<const DENSE: bool, const WHOLE: bool, const R: usize>(
             taken[r] = _mm512_dpbusd_epi32(taken[r], _mm512_maskz_mov_epi8(minus, one), x);
         }
     }
-    if DENSE {
-        return taken;
-    }
+    let mut found = [_mm512_setzero_ps(); R];
     for r in 0..R {
-        added[r] = _mm512_sub_epi32(added[r], _mm512_slli_epi32::<1>(taken[r]));
+        let sum = match DENSE {
+            true => taken[r],
+            false => _mm512_sub_epi32(added[r], _mm512_slli_epi32::<1>(taken[r])),
+        };
+        found[r] = _mm512_cvtepi32_ps(sum);
     }
-    added
+    found
 }
 
 /// Whether all rows have all bytes of a block, so that `word` need not ask.
