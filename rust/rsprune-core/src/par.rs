@@ -31,6 +31,10 @@ pub struct Job<'a> {
     room: Room<'a>,
 }
 
+/// How often a worker comes for more, at least: small blocks go out several at a time, as asking takes
+/// as long as some of them do, and neighbours are read on from where the last ended.
+const SHARES: usize = 16;
+
 impl<'a> Job<'a> {
     /// A job on `pool` that ends with [`Error::Cancelled`] soon after `cancel` is set.
     pub fn new(pool: &'a Pool, cancel: &'a AtomicBool) -> Job<'a> {
@@ -94,13 +98,16 @@ impl<'a> Job<'a> {
     ) -> Result<()> {
         let len = len.max(1);
         let workers = self.pool.0.current_num_threads().min(data.len().div_ceil(len));
-        let blocks = Mutex::new(data.chunks_mut(len).enumerate());
+        let at_once = (data.len() / len / (workers.max(1) * SHARES)).max(1);
+        let blocks = Mutex::new(data.chunks_mut(len * at_once).enumerate());
         let work = || {
             loop {
                 let next = blocks.lock().unwrap_or_else(|e| e.into_inner()).next();
-                let Some((i, block)) = next else { return Ok(()) };
-                self.check()?;
-                f(i, block)?;
+                let Some((i, some)) = next else { return Ok(()) };
+                for (j, block) in some.chunks_mut(len).enumerate() {
+                    self.check()?;
+                    f(i * at_once + j, block)?;
+                }
             }
         };
         if workers < 2 {

@@ -26,12 +26,13 @@ impl Avx512 {
             && is_x86_feature_detected!("avx512vbmi")
             && is_x86_feature_detected!("avx512vbmi2")
             && is_x86_feature_detected!("avx512vnni")
+            && is_x86_feature_detected!("avx512vpopcntdq")
             && is_x86_feature_detected!("bmi2");
         has_all.then_some(Avx512(()))
     }
 }
 
-const BF16: u8 = 0;
+pub(super) const BF16: u8 = 0;
 const F16: u8 = 1;
 const F32: u8 = 2;
 
@@ -52,6 +53,25 @@ impl Simd for Avx512 {
                 Float::Bf16 => dot_values::<BF16, T>(row, x),
                 Float::F16 => dot_values::<F16, T>(row, x),
                 Float::F32 => dot_values::<F32, T>(row, x),
+            }
+        }
+    }
+
+    fn dot_values_of<const R: usize>(
+        self,
+        float: Float,
+        rows: [Values; R],
+        each: usize,
+        x: &Group<f32>,
+    ) -> Option<[f32; R]> {
+        // SAFETY: as above.
+        unsafe {
+            match (float, each > 16) {
+                (Float::Bf16, false) => avx512_rows::dot_values::<BF16, false, R>(rows, each, x),
+                (Float::Bf16, true) => avx512_rows::dot_values::<BF16, true, R>(rows, each, x),
+                (Float::F16, false) => avx512_rows::dot_values::<F16, false, R>(rows, each, x),
+                (Float::F16, true) => avx512_rows::dot_values::<F16, true, R>(rows, each, x),
+                (Float::F32, _) => None,
             }
         }
     }

@@ -4,9 +4,9 @@
 //! kept as mask registers on the stack, which doubled the moves.
 #![allow(unsafe_code)] // loads; every length is checked before its loop
 
-use super::avx512::keep_and_minus;
+use super::avx512::{BF16, keep_and_minus};
 use super::input::Group;
-use super::row::{BLOCK, Signs};
+use super::row::{BLOCK, Signs, Values};
 use std::arch::x86_64::*;
 use std::hint::black_box;
 
@@ -187,4 +187,76 @@ fn word<const DENSE: bool, const WHOLE: bool>(row: &Signs, i: usize) -> (u64, u6
         let keep = mask.as_ptr().add(8 * i).cast::<u64>().read_unaligned();
         (keep, _pdep_u64(signs, keep))
     }
+}
+
+/// The products of rows of half types with as many values, `each`, in every 32 columns: where the next ones
+/// start does not hang on the mask before, so rows go side by side. `None` where a mask has other bits, or
+/// where there are no bytes to read beyond a row's last value.
+#[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512vbmi2,avx512vpopcntdq")]
+pub(super) fn dot_values<const KIND: u8, const WIDE: bool, const R: usize>(
+    rows: [Values; R],
+    each: usize,
+    x: &Group<f32>,
+) -> Option<[f32; R]> {
+    let [x] = x.rows::<1>();
+    let words = rows[0].mask.len() / 4;
+    let ahead = if WIDE { 32 } else { 16 };
+    let upper = _mm512_set1_epi32(0xffff_0000_u32 as i32);
+    let (mut low, mut high) = ([_mm512_setzero_ps(); R], [_mm512_setzero_ps(); R]);
+    if words == 0 || x.len() < 32 * words {
+        return None;
+    }
+    for row in &rows {
+        let has_bytes = row.values.len() >= 2 * ((words - 1) * each + ahead);
+        if !has_bytes || row.mask.len() != 4 * words || ones(row.mask) != words * each {
+            return None;
+        }
+    }
+    for word in 0..words {
+        // SAFETY: the bytes of every row and of the activations are there, as was seen above.
+        unsafe {
+            let at = x.as_ptr().add(32 * word);
+            let (x0, x1) = (_mm512_loadu_ps(at), _mm512_loadu_ps(at.add(16)));
+            for r in 0..R {
+                let mask = rows[r].mask.as_ptr().add(4 * word).cast::<u32>().read_unaligned();
+                let values = rows[r].values.as_ptr().add(2 * word * each);
+                let some = match WIDE {
+                    true => _mm512_loadu_si512(values.cast()),
+                    false => _mm512_castsi256_si512(_mm256_loadu_si256(values.cast())),
+                };
+                let halves = _mm512_maskz_expand_epi16(mask, some);
+                let (w0, w1) = match KIND {
+                    BF16 => (
+                        _mm512_castsi512_ps(_mm512_slli_epi32::<16>(halves)),
+                        _mm512_castsi512_ps(_mm512_and_si512(halves, upper)),
+                    ),
+                    _ => (
+                        _mm512_cvtph_ps(_mm512_castsi512_si256(halves)),
+                        _mm512_cvtph_ps(_mm512_extracti64x4_epi64::<1>(halves)),
+                    ),
+                };
+                low[r] = _mm512_fmadd_ps(w0, x0, low[r]);
+                high[r] = _mm512_fmadd_ps(w1, x1, high[r]);
+            }
+        }
+    }
+    let mut found = [0.0; R];
+    for r in 0..R {
+        found[r] = _mm512_reduce_add_ps(_mm512_add_ps(low[r], high[r]));
+    }
+    Some(found)
+}
+
+/// Bits that are set. Counted beside the weights, 32 at a time, they cost a sixth of the product.
+#[inline]
+#[target_feature(enable = "avx512f,avx512bw,avx512vpopcntdq")]
+fn ones(mask: &[u8]) -> usize {
+    let mut sum = _mm512_setzero_si512();
+    for bytes in mask.chunks(64) {
+        let some = if bytes.len() == 64 { !0 } else { (1 << bytes.len()) - 1 };
+        // SAFETY: masked bytes are not read.
+        let bytes = unsafe { _mm512_maskz_loadu_epi8(some, bytes.as_ptr().cast()) };
+        sum = _mm512_add_epi64(sum, _mm512_popcnt_epi64(bytes));
+    }
+    _mm512_reduce_add_epi64(sum) as usize
 }

@@ -1,15 +1,16 @@
 //! Few tokens: every row is walked once for up to four of them, and decoded in registers.
 //!
-//! With a single token four rows of signs are walked at once.
+//! With a single token four rows are walked at once, of signs and of values that are as many in every row.
 //!
 //! The walk goes by columns of which the activations stay in L1 (32 KiB: 2,048 columns of four
 //! tokens), all rows of a worker's share before the next columns. Read from L2, the activations of
 //! four tokens cost more than the weight.
 
 use super::input::{GROUP, Group, Order, padded};
-use super::row::{BLOCK, Signs};
+use super::row::{BLOCK, Signs, Values};
 use super::{Kind, Mode, Plane, Simd, too_few_values};
 use crate::error::Result;
+use crate::float::Float;
 use crate::par::Job;
 use std::array;
 
@@ -19,7 +20,7 @@ const ROWS: usize = 16;
 /// Activations of a group that are met by all rows before the next.
 const NEAR: usize = 8192;
 
-/// Rows of signs that are walked at once with a single token.
+/// Rows that are walked at once with a single token.
 const TOGETHER: usize = 4;
 
 /// The products of one row with a group, or of several with a single token; the rest is 0.
@@ -58,18 +59,22 @@ pub(super) fn apply<S: Simd>(
     let tokens = x.len() / cols;
     let groups = x.chunks(GROUP * cols);
     let per_block = ROWS * tokens;
-    if let Kind::Values { starts } = &plane.kind {
+    if let Kind::Values { starts, each: same } = &plane.kind {
         let groups: Vec<_> = groups.map(|x| pieces(x, cols, simd.order(float))).collect();
+        let together = if same.is_some() { TOGETHER } else { 1 };
         return job.share_blocks(out, per_block, |block, out| {
             let mut used = [0; ROWS];
-            each(&groups, out, tokens, 1, |r, _, start, x| {
-                let row = block * ROWS + r;
+            each(&groups, out, tokens, together, |r, count, start, x| {
+                let first = block * ROWS + r;
+                let row = |i: usize, used: usize| {
+                    plane.values(starts, parts, first + i).from(start, x.width, used, float)
+                };
+                if let (Some(same), TOGETHER) = (*same, count) {
+                    let rows = array::from_fn(|i| row(i, start / 32 * same));
+                    return rows_of_values(simd, float, (first, rows), same, x);
+                }
                 used[r] = if start == 0 { 0 } else { used[r] };
-                let weights = plane.values(starts, parts, row).from(start, x.width, used[r], float);
-                let found = for_tokens!(x.tokens, T => {
-                    simd.dot_values::<T>(float, weights, x).map(|(n, dots)| (n, filled(dots)))
-                });
-                let (more, dots) = found.ok_or_else(|| too_few_values(row))?;
+                let (more, dots) = row_of_values(simd, float, (first, row(0, used[r])), x)?;
                 used[r] += more;
                 Ok(dots)
             })
@@ -105,6 +110,37 @@ pub(super) fn apply<S: Simd>(
             })
         }
     }
+}
+
+/// Several rows, the first of which is `first`, with a single token.
+fn rows_of_values<S: Simd>(
+    simd: S,
+    float: Float,
+    (first, rows): (usize, [Values; TOGETHER]),
+    same: usize,
+    x: &Group<f32>,
+) -> Result<Dots> {
+    if let Some(dots) = simd.dot_values_of(float, rows, same, x) {
+        return Ok(dots);
+    }
+    let mut dots = Dots::default();
+    for (i, row) in rows.into_iter().enumerate() {
+        dots[i] = row_of_values(simd, float, (first + i, row), x)?.1[0];
+    }
+    Ok(dots)
+}
+
+/// How many values a row had, and its products with the tokens of a group.
+fn row_of_values<S: Simd>(
+    simd: S,
+    float: Float,
+    (index, row): (usize, Values),
+    x: &Group<f32>,
+) -> Result<(usize, Dots)> {
+    let found = for_tokens!(x.tokens, T => {
+        simd.dot_values::<T>(float, row, x).map(|(n, dots)| (n, filled(dots)))
+    });
+    found.ok_or_else(|| too_few_values(index))
 }
 
 /// Rows of signs with their masks written out.

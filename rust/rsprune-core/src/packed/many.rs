@@ -78,7 +78,7 @@ fn panel<S: Simd>(
         for (r, weights) in tile.chunks_mut(BLOCK).enumerate() {
             let (row, weights) = (rows.start + r, &mut weights[..columns.len()]);
             match &plane.kind {
-                Kind::Values { starts } => {
+                Kind::Values { starts, .. } => {
                     let all = plane.values(starts, parts, row);
                     let float = plane.dense.float;
                     let part = all.from(columns.start, columns.len(), used[r], float);

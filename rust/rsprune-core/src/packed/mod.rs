@@ -65,6 +65,18 @@ trait Simd: Copy + Sync {
         x: &Group<f32>,
     ) -> Option<(usize, [f32; T])>;
 
+    /// `dot_values` of several rows with a single token, which all have `each` values in every 32 columns;
+    /// `None` where that does not hold, or where the rows have to be taken one by one.
+    fn dot_values_of<const R: usize>(
+        self,
+        _float: Float,
+        _rows: [Values; R],
+        _each: usize,
+        _x: &Group<f32>,
+    ) -> Option<[f32; R]> {
+        None
+    }
+
     /// Overwrites `out` with the weights of its columns; how many values that took.
     fn expand_values(self, float: Float, row: Values, out: &mut [f32]) -> Option<usize>;
 
@@ -222,8 +234,9 @@ struct Plane {
 }
 
 enum Kind {
-    /// The first value of every row and the end of the last.
-    Values { starts: Vec<usize> },
+    /// The first value of every row and the end of the last; how many there are in 32 columns, where that
+    /// is the same everywhere.
+    Values { starts: Vec<usize>, each: Option<usize> },
     /// How positions are coded, bytes of signs for 64 columns, and of signs and scales of a row.
     Signs { table: Option<Table>, step: usize, widths: (usize, usize) },
 }
@@ -233,9 +246,12 @@ impl Plane {
         let kind = match format {
             Format::KeepOf(groups) => {
                 let kept = dense.cols / groups.of * groups.keep;
-                Kind::Values { starts: (0..=dense.rows).map(|row| row * kept).collect() }
+                let starts = (0..=dense.rows).map(|row| row * kept).collect();
+                Kind::Values { starts, each: Some(32 / groups.of * groups.keep) }
             }
-            Format::Bitmap(bitmap) => Kind::Values { starts: bitmap.row_starts(parts[1], &dense)? },
+            Format::Bitmap(bitmap) => {
+                Kind::Values { starts: bitmap.row_starts(parts[1], &dense)?, each: None }
+            }
             Format::Signs(groups) => {
                 let [.., signs, scales] = parts else { unreachable!("signs have both") };
                 Kind::Signs {

@@ -269,7 +269,10 @@ fn tokens_in_pieces_change_no_bit_of_a_long_call() {
 #[test]
 fn a_mask_that_was_changed_is_an_error_and_not_a_read_beyond_the_end() {
     let mut noise = Noise(3);
-    for mut packed in samples(&mut noise).into_iter().take(2) {
+    let two = Format::KeepOf(Groups { keep: 2, of: 4 });
+    let whole_words = Packed::new(&mut noise, two, Float::Bf16, (300, 512));
+    for mut packed in samples(&mut noise).into_iter().take(2).chain([whole_words]) {
+        let cols = packed.dense.cols;
         let pool = Pool::new(1).unwrap();
         let cancel = AtomicBool::new(false);
         for kernel in Kernel::available() {
@@ -278,7 +281,7 @@ fn a_mask_that_was_changed_is_an_error_and_not_a_read_beyond_the_end() {
             let before = packed.parts[1].clone();
             packed.parts[1].fill(0xff);
             for tokens in [1, 33] {
-                let (x, mut y) = (noise.vec(tokens * 520), vec![0.0; tokens * 300]);
+                let (x, mut y) = (noise.vec(tokens * cols), vec![0.0; tokens * 300]);
                 let job = Job::new(&pool, &cancel);
                 let result = linear.apply(&job, &packed.parts(), &x, Mode::Float32, &mut y);
                 let message = result.unwrap_err().to_string();
@@ -339,6 +342,34 @@ fn a_token_that_is_not_finite_does_not_come_out_as_a_number() {
             for (i, y) in y.iter().enumerate() {
                 let is_zero_row = packed.weight[i % 5 * 64..][..64].iter().all(|w| *w == 0.0);
                 assert_eq!(y.is_finite(), i / 5 != 1 || (is_zero_row && y == &0.0), "{i} {y}");
+            }
+        }
+    }
+}
+
+#[test]
+fn one_token_has_the_sums_of_an_unpacked_weight_where_rows_go_side_by_side() {
+    let mut noise = Noise(11);
+    let pool = Pool::new(2).unwrap();
+    for float in [Float::Bf16, Float::F16, Float::F32] {
+        for (keep, of) in [(2, 4), (1, 4), (3, 4), (5, 8), (7, 16)] {
+            // 37 rows are two blocks, one of them with rows left over; 8,256 columns are two pieces.
+            for cols in [32, 96, 8256] {
+                let format = Format::KeepOf(Groups { keep, of });
+                let packed = Packed::new(&mut noise, format, float, (37, cols));
+                let x = noise.vec(cols);
+                let expected = packed.weight.chunks(cols).map(|row| {
+                    row.iter().zip(&x).map(|(w, x)| f64::from(*w) * f64::from(*x)).sum::<f64>()
+                });
+                let expected: Vec<_> = expected.collect();
+                let norm = expected.iter().map(|y| y * y).sum::<f64>().sqrt();
+                assert!(norm > 0.0);
+                for kernel in Kernel::available() {
+                    let y = packed.apply(&kernel, &pool, &x, Mode::Float32).unwrap();
+                    let off = y.iter().zip(&expected).map(|(y, e)| (f64::from(*y) - e).powi(2));
+                    let error = off.sum::<f64>().sqrt() / norm;
+                    assert!(error < 3e-6, "{keep}:{of} {float:?} {cols} {}: {error}", kernel.name);
+                }
             }
         }
     }
