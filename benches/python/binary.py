@@ -16,7 +16,7 @@ from runs import Run, parser, run_all
 METHODS: dict[str, list[str]] = {
     "billm": [],
     "arb": [],
-    **{f"pbs2p {pattern}": ["--pattern", pattern] for pattern in ("4:8", "5:8", "6:8")},
+    **{f"pbs2p {pattern}": ["--pattern", pattern] for pattern in ("2:8", "4:8", "5:8", "6:8")},
     **{f"pbs2p-exact {bits}": ["--bits", bits] for bits in ("1.0", "1.25", "1.5", "2.0")},
     **{f"gptq {bits}": ["--bits", bits] for bits in ("2", "3")},
 }
