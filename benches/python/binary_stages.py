@@ -21,7 +21,7 @@ from typing import Any
 from rsprune import _core, methods
 from rsprune.config import Config
 from rsprune.data import calibration_windows, load_texts
-from rsprune.methods.pbs2p_exact import CODES, Planes, solved
+from rsprune.methods.pbs2p_exact import CODES, Planes
 from rsprune.plan import prepare
 from rsprune.skeleton import load_tokenizer
 from rsprune.survey import survey
@@ -62,7 +62,9 @@ def exact(stage: str) -> Solve:
 
 
 def residual(plane: _core.Pattern) -> Solve:
-    return lambda op: solved(dataclasses.replace(op, residual=plane), DAMPING, None).certificate
+    return lambda op: _core.pbs2p_residual(dataclasses.replace(op, pattern=plane), damping=DAMPING)[
+        1
+    ]
 
 
 def gptq(bits: int) -> Solve:
