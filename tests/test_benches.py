@@ -1,4 +1,7 @@
-"""Benches are run by hand, so nothing else would tell that what they import has gone."""
+"""Benches are run by hand, so nothing else would tell that what they import has gone.
+
+That is, at the top of their files: imports inside of functions are not tried.
+"""
 
 import importlib.util
 import sys

@@ -10,6 +10,7 @@ from typing import NamedTuple
 from torch import Tensor
 
 from rsprune.calibrate import LayerJob
+from rsprune.memory import give_freed_pages_back
 from rsprune.methods.base import SURVEYED
 from rsprune.plan import Prepared
 from rsprune.timing import Timing
@@ -97,3 +98,4 @@ def survey(
         rooms["hidden"], rooms["next"] = job.advance()[0], now
         now = rooms["hidden"]
         skeleton.drop_layer(index)
+        give_freed_pages_back()

@@ -31,8 +31,8 @@ pub struct Job<'a> {
     room: Room<'a>,
 }
 
-/// How often a worker comes for more, at least: small blocks go out several at a time, as asking takes
-/// as long as some of them do, and neighbours are read on from where the last ended.
+/// How often a worker comes for more, about: of more blocks than that several go out at a time, as asking
+/// takes as long as a small one does, and neighbours are read on from where the last ended.
 const SHARES: usize = 16;
 
 impl<'a> Job<'a> {

@@ -190,8 +190,8 @@ fn word<const DENSE: bool, const WHOLE: bool>(row: &Signs, i: usize) -> (u64, u6
 }
 
 /// The products of rows of half types with as many values, `each`, in every 32 columns: where the next ones
-/// start does not hang on the mask before, so rows go side by side. `None` where a mask has other bits, or
-/// where there are no bytes to read beyond a row's last value.
+/// start does not depend on the mask before, so rows go side by side. `None` where a mask has another number of
+/// bits in all, or where there are no bytes to read beyond a row's last value.
 #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512vbmi2,avx512vpopcntdq")]
 pub(super) fn dot_values<const KIND: u8, const WIDE: bool, const R: usize>(
     rows: [Values; R],
@@ -259,4 +259,37 @@ fn ones(mask: &[u8]) -> usize {
         sum = _mm512_add_epi64(sum, _mm512_popcnt_epi64(bytes));
     }
     _mm512_reduce_add_epi64(sum) as usize
+}
+
+#[cfg(test)]
+mod tests {
+    use super::super::avx512::Avx512;
+    use super::super::tests::{Noise, Packed};
+    use super::super::{Float, Format, Simd};
+    use super::*;
+    use crate::pack::Groups;
+
+    #[test]
+    fn rows_of_values_go_side_by_side_with_the_sums_of_one() {
+        let Some(simd) = Avx512::new() else { return };
+        let (float, cols) = (Float::Bf16, 96);
+        let mut noise = Noise(21);
+        let two = Format::KeepOf(Groups { keep: 2, of: 4 });
+        let mut packed = Packed::new(&mut noise, two, float, (5, cols));
+        let x = Group::exact(&noise.vec(cols), cols, 0..cols, simd.order(float));
+        let row = |packed: &Packed, r: usize| packed.parts[1][r * cols / 8..][..cols / 8].to_vec();
+        for changed in [false, true] {
+            if changed {
+                packed.parts[1][2 * cols / 8] = 0b0011_0111; // a bit more
+            }
+            let masks: Vec<_> = (0..4).map(|r| row(&packed, r)).collect();
+            let rows: [Values; 4] = std::array::from_fn(|r| Values {
+                mask: &masks[r],
+                values: &packed.parts[0][r * cols..],
+            });
+            let one = rows.map(|row| simd.dot_values::<1>(float, row, &x).unwrap());
+            let found = simd.dot_values_of(float, rows, 16, &x);
+            assert_eq!(found, (!changed).then_some(one.map(|(_, sums)| sums[0])));
+        }
+    }
 }

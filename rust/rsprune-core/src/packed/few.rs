@@ -1,6 +1,6 @@
 //! Few tokens: every row is walked once for up to four of them, and decoded in registers.
 //!
-//! With a single token four rows are walked at once, of signs and of values that are as many in every row.
+//! With a single token four rows are walked at once, of signs and of values that are as many in every 32 columns.
 //!
 //! The walk goes by columns of which the activations stay in L1 (32 KiB: 2,048 columns of four
 //! tokens), all rows of a worker's share before the next columns. Read from L2, the activations of

@@ -65,8 +65,9 @@ trait Simd: Copy + Sync {
         x: &Group<f32>,
     ) -> Option<(usize, [f32; T])>;
 
-    /// `dot_values` of several rows with a single token, which all have `each` values in every 32 columns;
-    /// `None` where that does not hold, or where the rows have to be taken one by one.
+    /// `dot_values` of several rows with a single token, which all have `each` values in every 32 columns
+    /// (`validate` saw that). `None` where a mask has another number of bits by now, or where the rows have
+    /// to be taken one by one.
     fn dot_values_of<const R: usize>(
         self,
         _float: Float,

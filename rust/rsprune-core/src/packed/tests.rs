@@ -231,9 +231,12 @@ fn samples(noise: &mut Noise) -> Vec<Packed> {
 #[test]
 fn threads_change_no_bit() {
     let mut noise = Noise(5);
-    for packed in samples(&mut noise) {
+    let two = Format::KeepOf(Groups { keep: 2, of: 4 });
+    // Whole words of columns, and so many rows that workers take several blocks at once.
+    let many_rows = Packed::new(&mut noise, two, Float::Bf16, (1100, 512));
+    for packed in samples(&mut noise).into_iter().chain([many_rows]) {
         for tokens in [1, 3, 33] {
-            let x = noise.vec(tokens * 520);
+            let x = noise.vec(tokens * packed.dense.cols);
             for kernel in Kernel::available() {
                 let modes = [Mode::Float32, Mode::Int8];
                 let is_signs = matches!(packed.format, Format::Signs(_));
@@ -353,8 +356,9 @@ fn one_token_has_the_sums_of_an_unpacked_weight_where_rows_go_side_by_side() {
     let pool = Pool::new(2).unwrap();
     for float in [Float::Bf16, Float::F16, Float::F32] {
         for (keep, of) in [(2, 4), (1, 4), (3, 4), (5, 8), (7, 16)] {
-            // 37 rows are two blocks, one of them with rows left over; 8,256 columns are two pieces.
-            for cols in [32, 96, 8256] {
+            // The last of three blocks of rows has five; beyond 8,192 columns a second piece begins, of
+            // whole words of 32 and of a part of one.
+            for cols in [32, 96, 8208, 8256] {
                 let format = Format::KeepOf(Groups { keep, of });
                 let packed = Packed::new(&mut noise, format, float, (37, cols));
                 let x = noise.vec(cols);
