@@ -2,7 +2,7 @@
 
     python benches/python/generate.py MODEL --work DIR
     python benches/python/generate.py MODEL --work DIR --threads 2 \
-        --packed "2:4=--method magnitude --pattern 2:4" \
+        --packed "2:4=--method magnitude --pattern 2:4 --samples 8" \
         --packed "1 bit=--method pbs2p-exact --bits 1 --calibration c4.jsonl --samples 8"
 
 Packed folders are made by `rsprune compress ... --format packed` where they are not there yet.
@@ -24,7 +24,7 @@ from statistics import median
 from typing import Any
 
 PROMPT = "The history of the city begins with"
-PACKED = ["2:4=--method magnitude --pattern 2:4"]
+PACKED = ["2:4=--method magnitude --pattern 2:4 --samples 8"]
 
 
 def pack(model: Path, options: str, out: Path) -> None:
