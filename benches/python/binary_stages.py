@@ -62,9 +62,11 @@ def exact(stage: str) -> Solve:
 
 
 def residual(plane: _core.Pattern) -> Solve:
-    return lambda op: _core.pbs2p_residual(dataclasses.replace(op, pattern=plane), damping=DAMPING)[
-        1
-    ]
+    def solve(op: methods.Operator) -> dict[str, Any]:
+        second = dataclasses.replace(op, pattern=plane)
+        return _core.pbs2p_residual(second, damping=DAMPING)[1]
+
+    return solve
 
 
 def gptq(bits: int) -> Solve:

@@ -32,7 +32,7 @@ impl Avx512 {
     }
 }
 
-pub(super) const BF16: u8 = 0;
+const BF16: u8 = 0;
 const F16: u8 = 1;
 const F32: u8 = 2;
 
@@ -144,7 +144,6 @@ impl Simd for Avx512 {
 #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512vbmi2,bmi2,popcnt")]
 fn walk<const KIND: u8>(row: Values, mut take: impl FnMut(usize, __m512, __m512)) -> Option<usize> {
     let size = if KIND == F32 { 4 } else { 2 };
-    let upper = _mm512_set1_epi32(0xffff_0000_u32 as i32);
     let mut used = 0;
     for i in 0..row.mask.len().div_ceil(4) {
         let bits = word32(row.mask, 4 * i);
@@ -164,22 +163,28 @@ fn walk<const KIND: u8>(row: Values, mut take: impl FnMut(usize, __m512, __m512)
                 )
             } else {
                 let halves = _mm512_maskz_expandloadu_epi16(bits, at.cast());
-                if KIND == BF16 {
-                    let evens = _mm512_slli_epi32::<16>(halves);
-                    let odds = _mm512_and_si512(halves, upper);
-                    (_mm512_castsi512_ps(evens), _mm512_castsi512_ps(odds))
-                } else {
-                    (
-                        _mm512_cvtph_ps(_mm512_castsi512_si256(halves)),
-                        _mm512_cvtph_ps(_mm512_extracti64x4_epi64::<1>(halves)),
-                    )
-                }
+                widen::<KIND>(halves)
             }
         };
         take(32 * i, low, high);
         used = next;
     }
     Some(used)
+}
+
+/// Values of a half type in f32, in this type's order.
+#[inline]
+#[target_feature(enable = "avx512f")]
+pub(super) fn widen<const KIND: u8>(halves: __m512i) -> (__m512, __m512) {
+    if KIND == BF16 {
+        let evens = _mm512_slli_epi32::<16>(halves);
+        let odds = _mm512_and_si512(halves, _mm512_set1_epi32(0xffff_0000_u32 as i32));
+        return (_mm512_castsi512_ps(evens), _mm512_castsi512_ps(odds));
+    }
+    (
+        _mm512_cvtph_ps(_mm512_castsi512_si256(halves)),
+        _mm512_cvtph_ps(_mm512_extracti64x4_epi64::<1>(halves)),
+    )
 }
 
 /// Four bytes from `at` on; zeros behind the end.

@@ -4,7 +4,7 @@
 //! kept as mask registers on the stack, which doubled the moves.
 #![allow(unsafe_code)] // loads; every length is checked before its loop
 
-use super::avx512::{BF16, keep_and_minus};
+use super::avx512::{keep_and_minus, widen};
 use super::input::Group;
 use super::row::{BLOCK, Signs, Values};
 use std::arch::x86_64::*;
@@ -201,7 +201,6 @@ pub(super) fn dot_values<const KIND: u8, const WIDE: bool, const R: usize>(
     let [x] = x.rows::<1>();
     let words = rows[0].mask.len() / 4;
     let ahead = if WIDE { 32 } else { 16 };
-    let upper = _mm512_set1_epi32(0xffff_0000_u32 as i32);
     let (mut low, mut high) = ([_mm512_setzero_ps(); R], [_mm512_setzero_ps(); R]);
     if words == 0 || x.len() < 32 * words {
         return None;
@@ -224,17 +223,7 @@ pub(super) fn dot_values<const KIND: u8, const WIDE: bool, const R: usize>(
                     true => _mm512_loadu_si512(values.cast()),
                     false => _mm512_castsi256_si512(_mm256_loadu_si256(values.cast())),
                 };
-                let halves = _mm512_maskz_expand_epi16(mask, some);
-                let (w0, w1) = match KIND {
-                    BF16 => (
-                        _mm512_castsi512_ps(_mm512_slli_epi32::<16>(halves)),
-                        _mm512_castsi512_ps(_mm512_and_si512(halves, upper)),
-                    ),
-                    _ => (
-                        _mm512_cvtph_ps(_mm512_castsi512_si256(halves)),
-                        _mm512_cvtph_ps(_mm512_extracti64x4_epi64::<1>(halves)),
-                    ),
-                };
+                let (w0, w1) = widen::<KIND>(_mm512_maskz_expand_epi16(mask, some));
                 low[r] = _mm512_fmadd_ps(w0, x0, low[r]);
                 high[r] = _mm512_fmadd_ps(w1, x1, high[r]);
             }

@@ -362,10 +362,7 @@ fn one_token_has_the_sums_of_an_unpacked_weight_where_rows_go_side_by_side() {
                 let format = Format::KeepOf(Groups { keep, of });
                 let packed = Packed::new(&mut noise, format, float, (37, cols));
                 let x = noise.vec(cols);
-                let expected = packed.weight.chunks(cols).map(|row| {
-                    row.iter().zip(&x).map(|(w, x)| f64::from(*w) * f64::from(*x)).sum::<f64>()
-                });
-                let expected: Vec<_> = expected.collect();
+                let expected: Vec<_> = product(&packed, &x).iter().map(|(y, ..)| *y).collect();
                 let norm = expected.iter().map(|y| y * y).sum::<f64>().sqrt();
                 assert!(norm > 0.0);
                 for kernel in Kernel::available() {
